@@ -1,4 +1,4 @@
-"""fusedrl bench throughput|latency|step|kernels: options and what they call."""
+"""fusedrl bench throughput|latency|step|kernels: their options, and the functions that run them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Kinds: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
-    """Names and meanings as in `vllm bench`, where it has them."""
+    """Add the subcommands of `fusedrl bench` and their options to the parser. Options that `vllm
+    bench` also has have the same names and meanings."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
     _throughput(kinds)
     _latency(kinds)
@@ -38,7 +39,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _kind(kinds: Kinds, name: str, text: str, **defaults: Any) -> argparse.ArgumentParser:
-    """What all measurements of a model are told."""
+    """Add a subcommand with the options that all measurements of a model share."""
     one = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
     what = one.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="DIR", help="directory or id of the model")

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, devices that are not there, names that were meant, figures
+"""Shared parts of the commands: exit codes, checks of the device, hints for unknown names, results
 as JSON."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FAILED, CONFIGURATION, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
 
 def check_device(name: str | None) -> None:
-    """Raise ConfigError for what is no device, SetupError for one that this machine has not."""
+    """Raise ConfigError if `name` is not a device, SetupError if this machine lacks the device."""
     if name is None:
         return
     import torch
@@ -53,8 +53,8 @@ def check_device(name: str | None) -> None:
 
 
 def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
-    """A hint at the known name that is meant: another trainer's name for it, or one that is near.
-    Nothing where none is."""
+    """Return a hint at the known name that was probably meant: `name` is what another trainer calls
+    it, or is spelled much like it. Return "" if there is no such name."""
     if (ours := known_elsewhere(name, known)) is not None:
         return f", which is {dashes}{ours} here"
     if close := nearest_names(name, known):
@@ -72,7 +72,7 @@ def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are one message, in our words. Raises ConfigError."""
+    """Parser that reports an error as a ConfigError with one message."""
 
     def error(self, message: str) -> NoReturn:
         for kind, words in (("int", "a whole number"), ("float", "a number")):
@@ -96,8 +96,8 @@ class Parser(argparse.ArgumentParser):
 def refuse_unknown(
     parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
 ) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not know, with the option that is
-    meant."""
+    """Raise ConfigError for the first argument that a command does not know, with a hint at the
+    option that was probably meant."""
     prog = parser.prog
     for name in (getattr(options, "command", None), getattr(options, "kind", None)):
         for action in parser._actions:
@@ -121,7 +121,7 @@ def refuse_unknown(
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Shows warnings as one line each, without the place in the source."""
+    """Show each warning on one line, without its file and line number."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: (
         f"fusedrl: warning: {' '.join(str(message).split()).removeprefix('fusedrl: ')}\n"
@@ -133,7 +133,8 @@ def plain_warnings() -> Iterator[None]:
 
 
 def output_file(text: str) -> str:
-    """A file that can be written, or "-", for argparse: told before anything is measured."""
+    """Check, as an argparse type, that `text` is "-" or a file name in an existing directory. So a
+    wrong name is reported before a long measurement starts."""
     path = Path(text)
     if text == "-" or (text and path.parent.is_dir() and not path.is_dir()):
         return text
@@ -148,8 +149,7 @@ def output_file(text: str) -> str:
 
 
 def spelled(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Arguments with every option in the parser's own spelling: dashes and underscores mean the
-    same."""
+    """Spell every option in `argv` as the parser does; dashes and underscores mean the same."""
     known: dict[str, str] = {}
     parsers = [parser]
     while parsers:
@@ -173,8 +173,8 @@ def spelled(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
 
 
 def report_json(found: Any, file: str | None, show: Callable[[], None]) -> None:
-    """A command's figures: as JSON on standard output where `file` is "-", else shown, and written
-    to `file` if there is one."""
+    """Report a command's results. If `file` is "-", print them as JSON; else call `show`, and if
+    `file` is not None, write the JSON to it."""
     text = json.dumps(found, indent=1)
     if file == "-":
         print(text)
@@ -185,7 +185,7 @@ def report_json(found: Any, file: str | None, show: Callable[[], None]) -> None:
 
 
 def count(text: str, least: int = 1) -> int:
-    """A whole number of at least `least`, for argparse."""
+    """Parse a whole number of at least `least` (0 or 1), as an argparse type."""
     if text.isdecimal() and int(text) >= least:
         return int(text)
     raise argparse.ArgumentTypeError(
@@ -194,5 +194,5 @@ def count(text: str, least: int = 1) -> int:
 
 
 def count_or_none(text: str) -> int:
-    """A whole number, 0 among them."""
+    """Parse a whole number of at least 0, as an argparse type."""
     return count(text, least=0)

@@ -1,8 +1,9 @@
-"""fusedrl train ... --devices N: the same command in N processes, a device each, on this machine.
+"""fusedrl train ... --devices N: run the same command in N processes on this machine, each with one
+device.
 
-They find one another through a file, and speak over the loopback interface alone. `torchrun
---nproc-per-node N -m fusedrl.engine.cli train ...` does the same by torch's own launcher, over the
-interface that torch chooses.
+The processes find one another through a file, and communicate only over the loopback interface.
+`torchrun --nproc-per-node N -m fusedrl.engine.cli train ...` does the same with torch's launcher,
+over the interface that torch chooses.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Place(NamedTuple):
-    """Place of a process among those that train together."""
+    """Place of a process among the processes of a run: its rank, their number, and the file through
+    which they find one another."""
 
     rank: int
     size: int
@@ -37,11 +39,11 @@ class Place(NamedTuple):
 
 
 def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
-    """Return the arguments without --devices, their number, and this process's place, where it is
-    one of them.
+    """Return the arguments without --devices and --place, the number of devices, and this process's
+    place (None unless `launch` started it).
 
     Raises:
-        ConfigError: a number that is none.
+        ConfigError: --devices is not a whole number above 0.
     """
     rest: list[str] = []
     found: dict[str, str] = {}
@@ -62,8 +64,8 @@ def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
 
 
 def launch(argv: Sequence[str], count: int) -> int:
-    """Run `fusedrl train argv` in `count` processes; returns the exit code of the first that did
-    not end well, or 0. Signals go to all of them."""
+    """Run `fusedrl train argv` in `count` processes, and forward signals to all of them. Return the
+    exit code of the first process that failed, or 0."""
     _check_cards(count)
     with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
         store = str(Path(directory) / "store")
@@ -82,7 +84,8 @@ def launch(argv: Sequence[str], count: int) -> int:
 
 
 def _quiet() -> dict[str, str]:
-    """What the processes would otherwise take all cores for."""
+    """Return environment variables that give each process one CPU thread, if there are few cores;
+    otherwise each process would use all cores."""
     cores = os.cpu_count() or 1
     return {} if cores > 8 else {"OMP_NUM_THREADS": "1"}
 
@@ -100,7 +103,8 @@ def _check_cards(count: int) -> None:
 
 @contextlib.contextmanager
 def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Signals to this process go to the children; a terminal sends SIGINT to them by itself."""
+    """Forward signals that this process receives to its children. SIGINT is not forwarded, because
+    a terminal sends it to the children, too."""
 
     def forward(number: int, _: object) -> None:
         for child in children:
@@ -120,7 +124,7 @@ def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; the code of the first that did not end well."""
+    """Wait for all processes; return the exit code of the first that failed, or 0."""
     code, left = 0, list(children)
     while left:
         for child in list(left):
@@ -133,16 +137,15 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end_with_parent() -> None:
-    """Have the system send this process SIGTERM when the one that started it is gone, where it
-    can."""
+    """Ask the system to send this process SIGTERM when its parent process ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
 def joined_by(place: Place | None) -> Iterator[None]:
-    """Join the processes that were started together, by --devices or by torchrun, for the block.
-    Nothing where there are none, or where they are known."""
+    """Join the process group of a run started by --devices or by torchrun, for the duration of the
+    block. Do nothing if there is only this process, or if it has joined a group already."""
     import torch
     import torch.distributed as dist
 

@@ -14,7 +14,7 @@ from fusedrl.engine.cli.common import (
 
 # ---- generate ------------------------------------------------------------------------------------
 def generate_options(parser: argparse.ArgumentParser) -> None:
-    """Give the parser the options of `fusedrl generate`."""
+    """Add the options of `fusedrl generate` to the parser."""
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="directory or id of the model"
     )
@@ -111,8 +111,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def _check_best_of(options: argparse.Namespace) -> None:
-    """Raises ConfigError where --best_of and the other options of `generate` contradict each
-    other."""
+    """Raise ConfigError if --best_of contradicts another option of `generate`."""
     if (options.best_of is None) is not (options.reward is None):
         raise ConfigError(
             "generate: expected --best_of N together with --reward SPEC, which says what is best; "

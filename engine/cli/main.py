@@ -2,12 +2,11 @@
 sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config/), nested
-ones with a dot. The command line beats --config wherever that stands. Exit codes: 0 done, 1 a fault
-(with its traceback) or something that `fusedrl verify` found wrong, 2 configuration or data, 3
-environment, 4 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved
-(129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). torch is imported only by what needs it.
-`fusedrl bench` is in bench.py, `generate` in generate.py, `judge`, `samples` and `report` in
-monitor.py, `verify` in verify.py.
+ones with a dot. An option on the command line overrides --config. Exit codes: 0 done, 1 a bug (with
+its traceback) or a failed check of `fusedrl verify`, 2 configuration or data, 3 environment, 4
+stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved (129 SIGHUP,
+130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `judge`,
+`samples` and `report` are in monitor.py; `bench`, `generate` and `verify` have their own files.
 """
 
 from __future__ import annotations
@@ -104,8 +103,8 @@ OPTIONAL = ("lora", "critic", "replay", "ptx", "evaluation")  # groups of option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Errors a user can mend are one message on standard
-    error, others keep their traceback."""
+    """Run one command and return the exit code. An error that the user can fix is one message on
+    standard error; any other error keeps its traceback."""
     try:
         with plain_warnings():
             _run(list(sys.argv[1:] if argv is None else argv))
@@ -148,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    # the rank that failed says it, and of several the first
+    # only the rank that failed prints the message; if several failed, the first
     if isinstance(error, Elsewhere) or SAID in getattr(error, "__notes__", ()):
         return code
     message = (
@@ -161,8 +160,8 @@ def _fail(error: BaseException, code: int) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the engine itself raised it, or a parser of options: its checks say what was
-    expected, what came and what to do. One from a library is a fault to be traced."""
+    """Whether the engine or an option parser raised the error, so that its message says what to do.
+    An error raised in a library is a bug and needs its traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
     return (
@@ -302,8 +301,8 @@ def _nearest_stage(name: str) -> str:
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """The command that goes on with the run of `fusedrl train` with these options, for a shell in
-    the same directory."""
+    """Return the shell command that resumes the run of `fusedrl train` with the options `argv`, for
+    use in the same directory."""
     kept = [
         word
         for index, word in enumerate(argv)
@@ -323,16 +322,16 @@ def _resumes(word: str) -> bool:
 
 
 def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
-    """The configuration of a stage ("sft", "reward", or an algorithm) from command-line options
-    and, with --config FILE, YAML.
+    """Read the configuration of a stage ("sft", "reward", or an algorithm) from command-line
+    options and, with --config FILE, from YAML.
 
-    The command line beats the file wherever --config stands. Several --reward options make one
-    list. `defaults`: of keys that have none.
+    An option on the command line overrides the file. Several --reward options make one list.
+    `defaults` gives values for required keys that are left out.
 
     Raises:
-        ConfigError: an unknown key (names the nearest), a wrong type, a missing or contradictory
-            value.
-        FileNotFoundError: no such configuration file.
+        ConfigError: an unknown key (the message names the nearest), a wrong type, a missing value,
+            or values that contradict each other.
+        FileNotFoundError: the configuration file does not exist.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -365,7 +364,7 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error), cls)}") from error
-    # of a group that may be null jsonargparse reports our own message among others
+    # for an optional group, jsonargparse puts our own message among others
     except ValueError as error:
         ours = re.search(r"config: expected .*", str(error))
         if isinstance(error, UserError) or ours is None:
@@ -376,8 +375,8 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
 def _sort_options(
     argv: list[str], stage: str, known: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """(configuration files, options): files apart, so that they can be read first, and all --reward
-    as one list."""
+    """Split arguments into (configuration files, options), so that the files can be read first; all
+    --reward options become one list."""
     files: list[str] = []
     rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
     options: list[str] = []
@@ -433,8 +432,7 @@ def _sort_options(
 
 
 def _hint(name: str, *, stage: str, known: Mapping[str, Any], dashes: str) -> str:
-    """What to say behind a name that a stage has not: what it is called here, which stages have it,
-    or what it may be."""
+    """Return a hint for an unknown name: its name here, the stages that have it, or one like it."""
     if name in known:
         return f", did you mean {dashes}{name}?"
     affirmed = name.removeprefix("no_")
@@ -466,7 +464,8 @@ def _is_list(text: str) -> bool:
 
 
 def _plain(message: str, cls: type) -> str:
-    """jsonargparse's words on one line and in ours, without Python's spelling of types."""
+    """Rewrite a message of jsonargparse on one line and in plain words, without Python's names of
+    types."""
     message = " ".join(message.split()).replace("Parser key ", "")
     message = re.sub(
         r'"(\w+)": Does not validate against any of .*? class_path \S+ "([\w.]+)": (.*?) - '
@@ -507,7 +506,7 @@ def _plain(message: str, cls: type) -> str:
 
 
 def _expected(key: str, cls: type) -> str:
-    """What a key may be, in words."""
+    """Describe in words which values a key accepts."""
     words = []
     for part in parts_of(dict(keys_of(cls))[key]):
         if dataclasses.is_dataclass(part):

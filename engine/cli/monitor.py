@@ -1,4 +1,4 @@
-"""fusedrl judge, samples, report: what came of a run. Options and what they call."""
+"""fusedrl judge, samples, report: their options, and the functions that show a run's results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The three subcommands, whose options know what to call: `options.call(options)`."""
+    """Add the three subcommands. Parsed options run the command by `options.call(options)`."""
     _judge_options(commands)
     samples = commands.add_parser(
         "samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False
@@ -131,7 +131,7 @@ def _judge(options: argparse.Namespace) -> None:
         for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
     ]
     count = len(examples)
-    # draws of their own, also where both are one model
+    # request ids that differ, so that samples differ even if both models are the same
     (prompt_ids, a), (_, b) = (
         _answers(actor, examples, params, range(number * count, (number + 1) * count))
         for number, actor in enumerate(actors)
@@ -155,8 +155,8 @@ def _judge(options: argparse.Namespace) -> None:
 def _fitting(
     actor: HybridActor, examples: list[PromptExample], options: argparse.Namespace
 ) -> list[PromptExample]:
-    """Leave out the prompts that are too long for this model. Raises ConfigError for options that
-    it cannot follow."""
+    """Leave out prompts that are too long for this model. Raise ConfigError if the model cannot
+    generate so many new tokens or has no such stop token."""
     from fusedrl.engine.config.base import require
     from fusedrl.engine.data.tokenize import encode_prompts
     from fusedrl.engine.rollout.prompts import check_stop_tokens
@@ -175,7 +175,8 @@ def _fitting(
 def _answers(
     actor: HybridActor, examples: list[PromptExample], params: SamplingParams, request_ids: range
 ) -> tuple[list[list[int]], Answers]:
-    """Completions of every prompt, with the ids of what each completes."""
+    """Generate completions of every prompt. Return, for each completion, the token ids of its
+    prompt; and all completions."""
     from fusedrl.engine.data.tokenize import encode_prompts
     from fusedrl.engine.watch.judge import Answers
 

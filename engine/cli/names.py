@@ -1,6 +1,5 @@
-"""Names that options have elsewhere, and what they are called here: TRL's, OpenRLHF's, verl's,
-those of other stages. And which known name another one is near to. For the messages about what is
-not known."""
+"""Hints for unknown options: the names that TRL, OpenRLHF, verl or another stage use, with the
+names here; and which known names are spelled like an unknown one."""
 
 from __future__ import annotations
 
@@ -214,8 +213,8 @@ STAGES_ELSEWHERE = {
 
 
 def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
-    """Return the name among `known` of another trainer's option; None where it is none of theirs.
-    Their prefixes may be there or not."""
+    """Return the name in `known` for an option that another trainer calls `name`, with or without
+    that trainer's prefixes; None if there is no such option."""
     parts = name.lower().replace("-", "_").split(".")
     for first in range(len(parts)):
         if (
@@ -228,9 +227,8 @@ def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """The known dotted names, three at most, that a mistyped one may mean: the same last part, a
-    slip or two in the whole or in the last part, the beginning of one, or a longer word for one.
-    None where all of them are far."""
+    """List at most three known dotted names that a mistyped name may mean: it has the same last
+    part, a few wrong letters, or the same beginning or words. Empty if no name is similar."""
     name = name.lower().replace("-", "_")
     known = sorted(known, key=lambda key: (key.count("."), key))
     own = name.rpartition(".")[2]
@@ -269,15 +267,16 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
 
 
 def is_near(a: str, b: str) -> bool:
-    """Whether one is the other mistyped: one slip, or one in four letters, and not all of them."""
+    """Whether one word may be the other mistyped: at most one slip, or one in four letters, and
+    fewer slips than letters."""
     longer, shorter = max(len(a), len(b)), min(len(a), len(b))
     most = min(max(1, longer // 4), shorter - 1)
     return longer - shorter <= most and slips(a, b) <= most
 
 
 def slips(a: str, b: str) -> int:
-    """Letters left out, put in, changed, or swapped with their neighbour (optimal string alignment)
-    from one to the other."""
+    """Count the letters left out, added, changed, or swapped with their neighbour between two words
+    (optimal string alignment distance)."""
     before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         older, before, row = before, row, [i]

@@ -1,5 +1,5 @@
-"""Values as people write them, on the command line and in YAML: yes, 1 and True for true, None for
-null, a list without brackets. And the YAML file itself."""
+"""Values as people write them on the command line and in YAML: yes, 1 and True for true, None for
+null, a list without brackets. Also the reader of YAML files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOTHING = ("none", "null", "~")
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, its type) of a configuration class, groups of keys among them."""
+    """Yield every (dotted key, type) of a configuration class, including groups of keys."""
     for name, kind in get_type_hints(cls).items():
         yield f"{prefix}{name}", kind
         if (group := group_of(kind)) is not None:
@@ -34,13 +34,13 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parts_of(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one."""
+    """Return the types of a union; for any other type, a tuple of that type."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def group_of(kind: Any) -> type | None:
-    """The configuration class of a group of keys, which may be one that can be left out; None of a
-    key."""
+    """Return the configuration class of a group of keys, also of an optional group; None for a
+    single key."""
     return next(
         (
             part
@@ -52,8 +52,8 @@ def group_of(kind: Any) -> type | None:
 
 
 def meant(value: Any, kind: Any) -> Any:
-    """Return the meaning of a value for a key of this type; the value itself where it means nothing
-    else. Whether it fits is found out later."""
+    """Convert a value as written to the type of its key, such as "yes" to True. Return it unchanged
+    if there is nothing to convert; its type is checked later."""
     parts, word = parts_of(kind), value.strip().lower() if isinstance(value, str) else None
     if type(None) in parts and word in _NOTHING:
         return None
@@ -84,14 +84,14 @@ def _number(text: str) -> int | float:
 
 
 def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -> dict[str, Any]:
-    """The options of a file, by the configuration's names.
+    """Read the options in a YAML file as nested dictionaries of the configuration's names.
 
     Args:
-        known: types by dotted name (`keys_of`).
-        hint: what to say behind a name that is not among them.
+        known: the type of each dotted name (`keys_of`).
+        hint: function that returns what to add to the message about an unknown name.
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: it is no YAML mapping, or has a key that is not known, or one twice.
+        FileNotFoundError: the file does not exist.
+        ConfigError: it is not a YAML mapping, or a key is unknown or occurs twice.
     """
 
     def read(branch: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -
 
 
 def _tree(path: str) -> dict[Any, Any]:
-    """The mapping in a YAML file. Raises as `read_yaml`."""
+    """Return the mapping in a YAML file. Errors are those of `read_yaml`."""
     import yaml
 
     if Path(path).is_dir():
@@ -154,8 +154,7 @@ def _tree(path: str) -> dict[Any, Any]:
 
 
 def _check_once(path: str, node: Any) -> None:
-    """Raises ConfigError where a mapping has a key twice, of which YAML would silently take the
-    last."""
+    """Raise ConfigError if a mapping has a key twice; YAML would silently take the last one."""
     seen: dict[str, int] = {}
     for key, value in node.value if type(node).__name__ == "MappingNode" else ():
         if isinstance(key.value, str):

@@ -1,4 +1,4 @@
-"""fusedrl verify: its options and what they call."""
+"""fusedrl verify: its options, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAILED = 1  # something is beyond its bound
 
 
 def verify_options(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The subcommand, which knows what to call: `options.call(options)`."""
+    """Add the subcommand. Parsed options run it by `options.call(options)`."""
     text = (
         "whether every kernel and the engine compute on this machine what they should; exit "
         "code 1 where one does not"

@@ -1,28 +1,29 @@
-"""Preferences among completions, and the losses of the reward models that learn from them.
+"""Preferences among completions, and the losses that reward models are trained with.
 
     x       = r(better) - r(worse) - margin
     nll(x)  = -log((1 - e) sigmoid(x) + e sigmoid(-x))
     pair    = p nll(x) + (1 - p) nll(-x)
 
-    e = label_noise, the rate at which annotators' labels are flipped; 0 is Bradley and Terry's
-    p = label, the probability that the first really is the better one
+    e = label_noise, the rate at which annotators' labels are flipped; with 0 the model of Bradley
+        and Terry
+    p = label, the probability that the first completion really is the better one
 
     loss    = sum_b weight_b mean over b's pairs of pair / sum_b weight_b
     centre  = the same mean of (r(better) + r(worse))^2
 
-Everything is a ranked list: a pair is one of two, and a list of K completions gives up to K (K - 1)
-/ 2 pairs, of which ties are none. The pairs of a list are not independent, so a list counts once,
-however long it is.
+All preferences are ranked lists: a pair is a list of two. A list of K completions gives up to K (K
+- 1) / 2 pairs; two completions of equal rank give none. The pairs of a list are not independent, so
+a list counts once, however long it is.
 
-Noise     Under a flip rate e the loss above is the exact likelihood of the labels, so its optimum
-          is the true difference of scores. Label smoothing, (1 - e) nll(x) + e nll(-x), has its
-          optimum at a smaller one even where labels are clean, and grows without bound for a pair
-          that a sure model contradicts; the likelihood stops at -log e there, and the pair's
-          gradient vanishes.
+Noise     With flip rate e, the loss above is the exact negative log-likelihood of the labels, so
+          its optimum is the true difference of scores. Label smoothing, (1 - e) nll(x) + e nll(-x),
+          has its optimum at a smaller difference even if labels are clean. For a pair that a
+          confident model contradicts, smoothing grows without bound; the likelihood stops at -log
+          e, and the pair's gradient vanishes.
 Source    Bradley and Terry (1952); Ouyang et al. (2022), eq. 1 (K-wise); Touvron et al. (2023),
           Llama 2, eq. 2 (margin); Eisenstein et al. (2023), Helping or herding?, section 3.2
-          (centring). Some lecture notes print the pairwise loss without its minus; -log sigmoid is
-          what is minimised.
+          (centring). Some lecture notes print the pairwise loss without its minus sign; the loss to
+          minimise is -log sigmoid.
 """
 
 from __future__ import annotations
@@ -66,13 +67,11 @@ Example = PairExample | RankedExample
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt with K >= 2 completions in an order, as token ids: rank 1 is best, equal ranks are
-    ties.
-
-    margin, label, weight: of every pair, as in `PairExample`.
+    """Comparison of K >= 2 completions of a prompt, as token ids: rank 1 is best, equal ranks are
+    ties. `margin`, `label` and `weight` hold for every pair and mean the same as in `PairExample`.
 
     Raises:
-        DataError: fewer than two completions, another number of ranks, or no two that differ.
+        DataError: the number of ranks is not the number of completions, or all ranks are equal.
     """
 
     prompt: list[int]
@@ -91,36 +90,36 @@ class Comparison:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) of all pairs that are no tie."""
+        """Indices (better, worse) of all pairs that are not ties."""
         order = range(len(self.ranks))
         return [(i, j) for i in order for j in order if self.ranks[i] < self.ranks[j]]
 
     @property
     def best(self) -> list[int]:
-        """The completions of the best rank."""
+        """Indices of the completions with the best rank."""
         return [i for i, rank in enumerate(self.ranks) if rank == min(self.ranks)]
 
     @property
     def preferred(self) -> list[int]:
-        """Return the completions that someone really preferred: the best, but nothing where a label
-        calls the pair a tie."""
+        """Indices of the completions to imitate: the best ones, or none if the label is at most
+        0.5."""
         return self.best if self.label > 0.5 else []
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all its sequences."""
+        """Number of tokens of all completions, each with the prompt."""
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
 
 
 # ---- from files ----------------------------------------------------------------------------------
 def is_ranked(source: Source) -> bool:
-    """Whether a file holds ranked lists rather than pairs, as its first rows say."""
+    """Whether a file holds ranked lists, not pairs, judged by its first recognisable row."""
     if source.format is not None:
         return RankedExample in named(source.format).reads
     for _, raw, fault in read_lines(Path(source.path)):
         try:
             entry = None if fault else detect(parse_row(raw), RankedExample)
-        except BadRow:  # the reader tells of it
+        except BadRow:  # the reader reports it
             continue
         if entry is not None:
             return RankedExample in entry.reads
@@ -135,8 +134,8 @@ def load_preferences(
     skip_bad_lines: bool = False,
     rejects: str | Path | None = None,
 ) -> tuple[list[Example], dict[str, int]]:
-    """The ranked lists of a file that has some, else its pairs; and how many rows were dropped for
-    which reason. Raises as `readers.load_prompts`."""
+    """Read the ranked lists or the pairs of a file. Return them, and for each reason how many rows
+    were dropped. Errors are those of `readers.load_prompts`."""
     options = ReadOptions(soft_labels=soft_labels, count_tokens=partial(count_tokens, tokenizer))
     if is_ranked(source):
         lists, dropped = load_ranked(
@@ -152,8 +151,8 @@ def load_preferences(
 def encode_preferences(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], eos_id: int, limit: int
 ) -> tuple[list[tuple[Example, Comparison]], Dropped]:
-    """The examples whose every side has at most `limit` tokens, the prompt included, each with its
-    token ids. Raises DataError where all are longer."""
+    """Encode examples; return each with its token ids. An example is dropped if the prompt with any
+    of its completions has more than `limit` tokens. Raise DataError if all are dropped."""
     return drop_longer(
         [(example, _encode(tokenizer, example, eos_id)) for example in examples],
         limit,
@@ -178,8 +177,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, eos_id: int) -
 
 # ---- pairs ---------------------------------------------------------------------------------------
 class Pairs(NamedTuple):
-    """All pairs [P] of some comparisons whose completions lie side by side. `share_P`: of a pair in
-    the mean over comparisons."""
+    """Pairs [P] of some comparisons. `better_P` and `worse_P` index the completions of all
+    comparisons in order. `share_P` is each pair's weight in the mean over comparisons."""
 
     better_P: Tensor  # int64, into the completions
     worse_P: Tensor
@@ -196,8 +195,8 @@ class Pairs(NamedTuple):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Pairs:
-        """`total_weight`: of all comparisons that the mean is over, where these are a part of
-        them."""
+        """List the pairs of `comparisons`. If these are only a part of the comparisons that the
+        mean is over, `total_weight` is the weight of all."""
         total = total_weight if total_weight is not None else sum(c.weight for c in comparisons)
         rows: list[tuple[int, int, float, float, float]] = []
         first = 0
@@ -229,7 +228,8 @@ def preference_nll(x: Tensor, label_noise: float = 0.0) -> Tensor:
 
 
 def pair_nll(difference_P: Tensor, label_P: Tensor, label_noise: float = 0.0) -> Tensor:
-    """[P] -log-likelihood of soft labels; exactly that of hard ones where they are 1."""
+    """Return the negative log-likelihood [P] of soft labels; for a label of 1, exactly that of a
+    hard label."""
     nll_P = preference_nll(difference_P, label_noise)
     return torch.where(
         label_P == 1,
@@ -248,10 +248,10 @@ def preference_loss(
     """Return the weighted mean loss of comparisons, `loss` at the top of this file.
 
     Args:
-        scores_M: of all completions, comparison by comparison.
+        scores_M: scores of all completions, comparison by comparison.
         label_noise: the rate at which labels are flipped, in [0, 0.5).
-        total_weight: of all comparisons of the step, where these are a micro-batch of it: the parts
-            then sum to the step's loss.
+        total_weight: weight of all comparisons of the step, if these are only a micro-batch of it.
+            The losses of the micro-batches then sum to the step's loss.
     Returns:
         A scalar, differentiable in the scores; 0 for no comparisons.
     """
@@ -287,8 +287,8 @@ def preference_loss(
 def centre_loss(
     scores_M: Tensor, comparisons: Sequence[Comparison], *, total_weight: float | None = None
 ) -> Tensor:
-    """The mean of (r(better) + r(worse))^2, by the same shares: scores are drawn towards 0 on
-    average, which the ranking loss leaves open."""
+    """Return the mean of (r(better) + r(worse))^2, weighted as in `preference_loss`. It draws the
+    average score towards 0; the ranking loss does not determine that average."""
     p = Pairs.of(
         comparisons, total_weight=total_weight, device=scores_M.device, dtype=scores_M.dtype
     )

@@ -1,12 +1,12 @@
-"""Losses of preference pairs against a reference, as data: DPO and its relatives. A user of this
-file brings log-probabilities; nothing here knows a model.
+"""Losses of preference pairs against a reference: DPO and its relatives, in a table. The functions
+take log-probabilities; none of them needs a model.
 
     h = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l))
-    u = beta h - margin, and of the pair the other way round -beta h - margin
+    u = beta h - margin; for the pair with its answers swapped, -beta h - margin
     loss = q term(u) + (1 - q) term(-beta h - margin)
 
-    w, l: the chosen and the rejected answer, their log-probabilities summed over tokens
-    q: how much the label says that w is the better one
+    w, l: the chosen and the rejected answer; log-probabilities are sums over their tokens
+    q: the weight that the label gives to w being the better answer
 
     name      term(u)                  q of label p, smoothing e   minimum of one pair, no margin
     sigmoid   -log sigmoid(u)          p (1 - e) + (1 - p) e       beta h = logit q
@@ -16,16 +16,15 @@ file brings log-probabilities; nothing here knows a model.
     ipo       ((u - 1/2) / beta)^2     p                           h = (2 p - 1) / (2 beta)
     hinge     max(0, 1 - u)            p                           p = 1: any beta h >= 1
 
-With labels p = sigmoid(r_w - r_l) of all pairs, each weighing alike, sigmoid's minimum is ref exp(r
-/ beta) / Z, that of the KL-regularised reward, and ipo's is ref exp(mean_l p(w, l) / beta) / Z. A
-tie, p = 1/2, draws h to 0 (hinge: to within 1 / beta).
+Suppose labels p = sigmoid(r_w - r_l) for all pairs, with equal weights. Then the minimum of sigmoid
+is the policy ref exp(r / beta) / Z, which also maximises the KL-regularised reward; the minimum of
+ipo is ref exp(mean_l p(w, l) / beta) / Z. A tie, p = 1/2, draws h to 0 (hinge: to within 1 / beta).
 
 Sources   sigmoid: Rafailov et al. (2023), eq. 7; smoothed: Mitchell (2023), "A note on DPO with
-          noisy preferences"; robust: Chowdhury et al. (2024); ipo: Azar et al. (2023), eq. 17, of
-          sums (TRL divides h by lengths, which is another loss); hinge: RSO (Liu et al., 2023),
-          after SLiC (Zhao et al., 2023), which has no reference; margins: ODPO (Amini et al.,
-          2024); the likelihood term: Pang et al. (2024), of whom the mean over an answer's tokens
-          is.
+          noisy preferences"; robust: Chowdhury et al. (2024); ipo: Azar et al. (2023), eq. 17, with
+          sums over tokens (TRL divides h by lengths, which is another loss); hinge: RSO (Liu et
+          al., 2023), after SLiC (Zhao et al., 2023), which has no reference; margins: ODPO (Amini
+          et al., 2024); the likelihood term, a mean over an answer's tokens: Pang et al. (2024).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from fusedrl.engine.base.packing import PackedBatch
 
 
 class PreferenceLoss(NamedTuple):
-    """A row of the table above: term(u, beta), and q(p, smoothing)."""
+    """Loss from the table above: its functions term(u, beta) and q(p, smoothing)."""
 
     term: Callable[[Tensor, float], Tensor]
     label: Callable[[Tensor, float], Tensor]
@@ -80,12 +79,13 @@ def preference_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """[P] losses of pairs, differentiable in h_P; names and formulas are at the head of this file.
+    """Return the losses [P] of pairs, differentiable in h_P. Names and formulas are at the top of
+    this file.
 
     Args:
-        h_P: log-ratio of the chosen answer less that of the rejected one, in nats.
-        label_P: the probability that the chosen one is the better.
-        margin_P: what beta h should exceed; None: 0.
+        h_P: log-ratio of the chosen answer minus that of the rejected answer, in nats.
+        label_P: the probability that the chosen answer is the better one.
+        margin_P: the margin that beta h should exceed; if None, 0.
     """
     loss = PREFERENCE_LOSSES[name]
     q_P, u_P = loss.label(label_P, label_smoothing), beta * h_P
@@ -94,8 +94,8 @@ def preference_loss(
 
 
 class PairScores(NamedTuple):
-    """Scores of a batch of pairs, [P] float64 each: sums over the tokens of an answer of log pi
-    (`logp`) and of log pi - log ref (`ratio`), and its tokens."""
+    """Scores of a batch of pairs, [P] float64 each. For each answer: the sums over its tokens of
+    log pi (`logp`) and of log pi - log ref (`ratio`), and the number of its tokens."""
 
     chosen_logp: Tensor
     rejected_logp: Tensor
@@ -106,16 +106,16 @@ class PairScores(NamedTuple):
 
     @property
     def h(self) -> Tensor:
-        """[P]: the log-ratio of the chosen answer less that of the rejected one."""
+        """Log-ratio [P] of the chosen answer minus that of the rejected answer."""
         return self.chosen_ratio - self.rejected_ratio
 
 
 def pair_scores(batch: PackedBatch, logp_N: Tensor) -> PairScores:
-    """Score a batch whose sequences are chosen and rejected answers in turn, with the column
-    ref_logp. Differentiable in logp_N.
+    """Score a batch of pairs: sequences are chosen and rejected answers alternately, and the column
+    ref_logp is filled. The scores are differentiable in logp_N.
 
-    Ratios are taken token by token and then summed, in float64: where policy and reference are the
-    same bits they are exactly 0.
+    Log-ratios are taken token by token and then summed in float64. If policy and reference give the
+    same log-probabilities bit for bit, the ratios are exactly 0.
     """
     mask_N = batch.action_mask
     lengths = torch.tensor(batch.lengths, device=logp_N.device)
@@ -141,8 +141,8 @@ def pair_loss(
     label_smoothing: float = 0.0,
     nll_coef: float = 0.0,
 ) -> Tensor:
-    """[P] losses: `preference_loss`, and nll_coef times the mean negative log-probability of the
-    tokens of the better answer, as the label has it."""
+    """Return the losses [P]: `preference_loss` plus nll_coef times the better answer's mean
+    negative log-probability per token. A soft label averages that term over both answers."""
     loss_P = preference_loss(
         name, scores.h, label_P, margin_P, beta=beta, label_smoothing=label_smoothing
     )

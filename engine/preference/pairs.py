@@ -1,5 +1,5 @@
-"""Preference pairs as token ids, with what the data says of each, and how a step's pairs are packed
-and cut."""
+"""Preference pairs as token ids, with label, margin and weight; and how a step's pairs are packed
+into a batch and split into micro-batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fusedrl.engine.data.tokenize import (
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A `PairExample` as token ids: the same label, margin and weight."""
+    """Pair of a `PairExample` as token ids, with the same label, margin and weight."""
 
     prompt: list[int]
     chosen: list[int]
@@ -51,12 +51,13 @@ def read_pairs(
     rejects: Path | None,
     tell: Callable[[str], None],
 ) -> list[TokenPair]:
-    """The pairs of one file whose longer side has at most `limit` tokens, ties among them. What is
-    left out is counted and told.
+    """Read the pairs of one file, pairs labelled a tie included. A pair is left out if its longer
+    side with the prompt has more than `limit` tokens, or if both answers are the same tokens. The
+    numbers of pairs left out are reported by `tell`.
 
     Raises:
-        DataError: bad lines (all of them), nothing usable, no tokenizer, no EOS, all pairs longer,
-            or all of one and the same answer in tokens.
+        DataError: the file has bad lines (all are listed) or nothing usable, the model has no
+            tokenizer or no EOS, or all pairs are left out.
     """
     examples, unusable = load_pairs(
         source,
@@ -94,8 +95,8 @@ def read_pairs(
 def pack_pairs(
     pairs: Sequence[TokenPair], tokens_per_microbatch: int, device: torch.device
 ) -> tuple[PackedBatch, list[list[int]]]:
-    """(batch, cuts): sequence 2 i is the chosen side of pair i and 2 i + 1 the rejected one; each
-    cut lists the pairs of a micro-batch."""
+    """Return (batch, cuts). Sequence 2 i of the batch is the chosen side of pair i, and 2 i + 1 the
+    rejected side. Each entry of `cuts` lists the pairs of a micro-batch."""
     batch = PackedBatch.from_sequences(
         ((pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)),
         device=device,
@@ -106,10 +107,10 @@ def pack_pairs(
 
 
 def sequences_of(cut: Sequence[int]) -> list[int]:
-    """The sequences of these pairs in a batch of `pack_pairs`."""
+    """Return the sequences of the pairs `cut` in a batch made by `pack_pairs`."""
     return [sequence for index in cut for sequence in (2 * index, 2 * index + 1)]
 
 
 def column_of(pairs: Sequence[TokenPair], name: str, device: torch.device) -> Tensor:
-    """[P] float64: label, margin or weight of each pair."""
+    """Return each pair's label, margin or weight, as a float64 tensor [P]."""
     return torch.tensor([getattr(pair, name) for pair in pairs], dtype=torch.float64, device=device)

@@ -1,19 +1,19 @@
-"""How well a reward model predicts held-out preferences: accuracy, calibration, length bias.
-Numbers in, a dataclass, JSON and a table out.
+"""Report of how well a reward model predicts held-out preferences: accuracy, calibration, length
+bias, as a dataclass, JSON and a table.
 
-Units     The pairs of one ranked list are not independent, so the example (a pair, or a list) is
-          the unit: each has one vote, split evenly over its pairs, and the interval's n counts
-          examples. (For lists the interval is on the safe side: a mean of agreements varies less
-          than one agreement.) Rows that share a prompt, as those of SHP do, are one unit where the
-          caller says so, else the interval is too narrow.
-Predicted A model says that the first answer of a pair is preferred with probability
-sigmoid(difference of scores); where labels are known to be flipped at
-          a rate e, that the *label* prefers it with (1 - e) sigmoid(d) + e sigmoid(-d). Calibration
-          is of what is said about labels.
-Bins      of the predicted probability of the answer that the model prefers, which is 0.5 at least:
-          it does not matter in which order a pair stands.
-Ties      Pairs that the labels call a tie have no right answer and are left out. Equal scores for
-          unequal labels count as wrong.
+Votes     The pairs of one ranked list are not independent. So each example (a pair, or a list) has
+          one vote, split evenly over its pairs, and the interval's n counts examples. (For lists
+          the interval is slightly too wide: a mean of agreements varies less than one agreement.)
+          Examples that share a prompt, as in SHP, can be given one vote together; with a vote each
+          the interval would be too narrow.
+Predicted The model predicts that the first answer of a pair is preferred with probability
+          sigmoid(d), d the difference of scores. If labels are known to be flipped at a rate e, the
+          *label* prefers it with (1 - e) sigmoid(d) + e sigmoid(-d). Calibration compares the
+          predictions for labels with the labels.
+Bins      Pairs are binned by the predicted probability of the answer that the model prefers, which
+          is at least 0.5. So the order of a pair's answers does not matter.
+Ties      Pairs that are labelled a tie have no right answer and are left out. Equal scores for a
+          pair that is not a tie count as wrong.
 Source    Wilson (1927); Guo et al. (2017), On calibration of modern neural networks (bins, expected
           calibration error, temperature); Brier (1950).
 """
@@ -40,8 +40,8 @@ _SHARPEST = 1e3  # temperatures between this and its inverse are looked at
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose predicted probability lies in [low, high): `weight` of all votes, their mean
-    prediction, and the share that the labels confirm."""
+    """Bin of the pairs whose predicted probability lies in [low, high): their share of all votes
+    (`weight`), their mean prediction, and the share that the labels confirm."""
 
     low: float
     high: float
@@ -55,24 +55,23 @@ class RewardReport:
     """Accuracy and calibration of a reward model on held-out preferences.
 
     Attributes:
-        examples, pairs: how many.
+        examples, pairs: number of examples, and of pairs.
         accuracy, accuracy_low, accuracy_high: mean over examples, with its 95% interval.
-        loss: nats, of the labels under the prediction.
+        loss: mean negative log-likelihood of the labels under the prediction, in nats.
         brier: mean squared error of the predicted probability.
         ece: expected calibration error, the mean over the bins of |observed - predicted|.
         confidence: the mean predicted probability of the preferred answer, which is the accuracy
             that the model itself expects.
-        temperature, loss_at_temperature: what the scores would have to be divided by for the least
-            loss on these same pairs (1 is calibrated, above 1 over-confident), and that loss; None
-            where no finite one is best.
-        margin: mean score of the better answer less the worse one's.
-        length_correlation: of difference of scores and difference of lengths, both orders of every
-            pair counted; 0 without length bias.
-        longer_wins, shorter_wins: the accuracy of preferring the longer or the shorter answer (half
-            a point for equal ones).
-        ceiling: what a perfect judge would agree with at most, where labels are flipped at a known
-            rate.
-        label_noise: that rate.
+        temperature, loss_at_temperature: the number that scores must be divided by for the least
+            loss on these pairs (1 is calibrated, above 1 over-confident), and that loss. Both are
+            None if no finite number is best.
+        margin: mean of the better answer's score minus the worse one's.
+        length_correlation: correlation of difference of scores and difference of lengths, with both
+            orders of every pair counted; 0 without length bias.
+        longer_wins, shorter_wins: the accuracy of always preferring the longer or the shorter
+            answer (half a point if lengths are equal).
+        ceiling: the accuracy of a perfect judge, given `label_noise`; None if it is 0.
+        label_noise: the rate at which labels are known to be flipped.
         bins: predicted and observed agreement, by predicted probability.
     """
 
@@ -96,7 +95,7 @@ class RewardReport:
     bins: tuple[Bin, ...]
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers for a line of metrics.jsonl."""
+        """Return the report's main numbers under their names in metrics.jsonl."""
         return {
             "eval_loss": self.loss,
             "eval_accuracy": self.accuracy,
@@ -119,18 +118,17 @@ def reward_report(
     *,
     label_noise: float = 0.0,
 ) -> RewardReport | None:
-    """Judge the differences of scores of P pairs, each the better answer's score less the worse
-    one's.
+    """Report how well score differences predict the labels of P pairs.
 
     Args:
-        difference_P: float, any device.
+        difference_P: the better answer's score minus the worse one's; float, any device.
         examples: [P] a number for each pair's example; pairs of equal numbers share one vote.
-        lengths: [P] tokens of the better answer less those of the worse one.
-        labels: [P] the probability that the better one is the better one; None is 1. Pairs of 0.5
-            are left out.
+        lengths: [P] number of tokens of the better answer minus that of the worse one.
+        labels: [P] the probability that the answer ranked better really is better; if None, 1.
+            Pairs with label 0.5 are left out.
         label_noise: the rate at which labels are known to be flipped, in [0, 0.5).
     Returns:
-        The report; None where no pair is left.
+        The report, or None if all pairs are left out.
     """
     label_P = (
         torch.ones(len(examples), dtype=torch.float64)
@@ -159,7 +157,7 @@ def reward_report(
     temperature, at_temperature = _fit_temperature(d, label, share, label_noise)
     spread = math.sqrt(mean(d * d) * mean(length * length))
     sure = torch.maximum(predicted, 1 - predicted)
-    # of equal scores either answer is said with 0.5
+    # equal scores predict either answer with 0.5
     found = _bins(sure, torch.where(d == 0, 0.5, right), share)
     agreed = torch.where(label > 0.5, length.sign(), -length.sign())
     return RewardReport(
@@ -189,7 +187,7 @@ def _predicted(d: Tensor, label_noise: float) -> Tensor:
 
 
 def _bins(sure_P: Tensor, observed_P: Tensor, share_P: Tensor) -> tuple[Bin, ...]:
-    """Equal bins over [0.5, 1]; empty ones are left out."""
+    """Group pairs into bins of equal width over [0.5, 1]; empty bins are left out."""
     index_P = ((sure_P - 0.5) * 2 * BINS).long().clamp(0, BINS - 1)
     bins = []
     for i in index_P.unique().tolist():
@@ -207,15 +205,15 @@ def _bins(sure_P: Tensor, observed_P: Tensor, share_P: Tensor) -> tuple[Bin, ...
 def _fit_temperature(
     d: Tensor, label: Tensor, share: Tensor, label_noise: float
 ) -> tuple[float | None, float | None]:
-    """(temperature, loss there) of the least loss, by thirds on its logarithm from the best of a
-    grid."""
+    """Return the temperature of the least loss, and that loss. A ternary search on the logarithm
+    starts from the best point of a grid."""
 
     def loss(log_sharpness: float) -> float:
         return float((share * pair_nll(d * math.exp(log_sharpness), label, label_noise)).sum())
 
     most = math.log(_SHARPEST)
     grid = torch.linspace(-most, most, 57).tolist()
-    # of losses that underflow, the sharpest
+    # if several losses underflow to 0, take the sharpest
     at = min(range(len(grid)), key=lambda i: (loss(grid[i]), -i))
     if at in (0, len(grid) - 1):
         return None, None
@@ -229,12 +227,12 @@ def _fit_temperature(
 
 # ---- what people see -----------------------------------------------------------------------------
 def save_report(report: RewardReport, path: str | Path) -> None:
-    """Write a report as JSON, replacing the file at once."""
+    """Write a report as JSON, replacing the file atomically."""
     write_file(Path(path), (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
 
 
 def report_table(report: RewardReport) -> Table:
-    """The report for a terminal."""
+    """Return the report as a table for the terminal."""
     r = report
     table = Table(
         title=f"Held-out preferences: {r.pairs} pairs of {r.examples} examples",

@@ -1,10 +1,10 @@
-"""Direct preference optimisation: pairs in, a policy out; nothing is sampled and nothing scored by
-a reward model. The losses are in preference/losses.py.
+"""Direct preference optimisation (DPO): train a policy on pairs, without sampling and without a
+reward model. The losses are in preference/losses.py.
 
-The reference scores each step's pairs in the micro-batches that are trained on, in the same
-precision: before the first update policy and reference are the same bits, h is exactly 0 and the
-sigmoid loss exactly log 2. There is no dropout. A micro-batch holds both sides of its pairs; how a
-step is cut into micro-batches does not change its gradient.
+The reference scores each step's pairs in the micro-batches of training, in the same precision. So
+before the first update its log-probabilities equal the policy's bit for bit, h is exactly 0 and the
+sigmoid loss exactly log 2. There is no dropout. A micro-batch holds both sides of its pairs; the
+split of a step into micro-batches does not change its gradient.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Cuts = list[list[int]]  # [micro-batch] -> pairs
 
 @dataclass(frozen=True)
 class DPOResult:
-    """Place of the trained policy, and the last step's metrics; accuracy on the held-out pairs with
-    its 95% interval (nan where none were held out)."""
+    """Path of the trained policy's directory, the last step's metrics, and the accuracy on held-out
+    pairs with its 95% interval (nan if no pairs were held out)."""
 
     model: str
     steps: int
@@ -61,7 +61,8 @@ def train_dpo(config: DPOConfig) -> DPOResult:
     (loadable by transformers).
 
     Raises:
-        DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
+        DataError, ConfigError, OSError: the data or the configuration cannot be used, or a file
+            cannot be read or written; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
     with joined(config.parallel.lanes) as ranks:
@@ -129,7 +130,7 @@ def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
 
 
 def with_reference(reference: Reference, batch: PackedBatch, cuts: Cuts) -> PackedBatch:
-    """The batch with ref_logp, scored in these cuts."""
+    """Return the batch with the column ref_logp, scored in the micro-batches `cuts`."""
     return batch.with_columns(
         ref_logp=reference.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp
     )
@@ -143,8 +144,8 @@ def _backward(
     pairs: Sequence[TokenPair],
     config: DPOConfig,
 ) -> tuple[PairScores, float]:
-    """Add the gradient of a step's loss, the mean over its pairs by their weights. Returns the
-    scores that it is of, and the loss."""
+    """Add the gradient of a step's loss, the weighted mean over its pairs. Return the scores of the
+    pairs and the loss."""
     total = sum(pair.weight for pair in pairs)
     logp_N = torch.zeros(batch.num_tokens, device=batch.device)
     work = update.share(cuts, costs_of(batch.lengths, map(sequences_of, cuts)))
@@ -162,7 +163,7 @@ def _backward(
 def weighted_loss(
     scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig
 ) -> torch.Tensor:
-    """The sum over pairs of weight x loss."""
+    """Return the sum over pairs of weight x loss."""
     label_P, margin_P, weight_P = (
         column_of(pairs, name, scores.h.device) for name in ("label", "margin", "weight")
     )
@@ -179,10 +180,11 @@ def weighted_loss(
 
 
 def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dict[str, float]:
-    """Means over pairs, by TRL's names: rewards beta (log pi - log ref), their difference and how
-    often it has the label's sign (ties of the data left out), log-probabilities of answers.
-    drift/chosen: nats per token by which the chosen answers became less likely than under the
-    reference; it often rises while the margins do, and nll_coef is what holds it."""
+    """Return means over pairs, under TRL's metric names. rewards/chosen and rewards/rejected are
+    beta (log pi - log ref), rewards/margins their difference. rewards/accuracies is how often that
+    difference has the label's sign; pairs labelled a tie do not count. drift/chosen is how much
+    less likely the chosen answers are than under the reference, in nats per token. It often rises
+    together with the margins; nll_coef limits it."""
     chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
     found = {
         "rewards/chosen": chosen,
@@ -200,8 +202,8 @@ def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dic
 
 
 def agreement(scores: PairScores, pairs: Sequence[TokenPair]) -> tuple[int, int]:
-    """(pairs whose difference has the label's sign, pairs that are no tie in the data). A
-    difference of 0 counts as wrong."""
+    """Return the number of pairs whose `h` has the label's sign, and the number of pairs that are
+    not labelled a tie. An `h` of 0 counts as wrong."""
     signs = torch.sign(column_of(pairs, "label", scores.h.device) - 0.5)
     return int((scores.h * signs > 0).sum()), int((signs != 0).sum())
 
@@ -210,8 +212,8 @@ def agreement(scores: PairScores, pairs: Sequence[TokenPair]) -> tuple[int, int]
 def evaluate(
     actor: HybridActor, reference: Reference, pairs: Sequence[TokenPair], config: DPOConfig
 ) -> dict[str, float]:
-    """Loss, margin and accuracy on held-out pairs, with the accuracy's 95% interval; nothing for no
-    pairs."""
+    """Return loss, margin and accuracy on held-out pairs, with the accuracy's 95% interval; an
+    empty dictionary if there are no pairs."""
     if not pairs:
         return {}
     batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)

@@ -1,24 +1,23 @@
-"""Policy optimisation: roll out, score, estimate advantages, update; one weight copy throughout,
-and every algorithm a row of config/algorithms.py.
+"""Policy optimisation: roll out, score, estimate advantages, update. There is one copy of the
+weights throughout. config/algorithms.py defines the algorithms.
 
-Read `train_policy` from top to bottom. What holds for all algorithms, with sources in config/:
-  1. advantages are functions (policy/advantages.py) of the scores, of the KL to a frozen reference
-     where it is in the reward (-coef k1 at every token), and of values where there is a critic:
-     read at the position before the token, from a linear head on the policy's own trunk; 0 after
-     the end. With `critic.model` the values are those of another model (policy/critic.py), which is
-     trained by itself on the same minibatches, before the policy. Whichever it is begins with the
-     first rollout's mean return for its bias, and what has no baseline is counted from that return:
-     a constant added to the reward changes no course;
-  2. whitening and normalisation are over the whole batch of a step, once, before any split;
-  3. old log-probabilities come from the training forward, not from the sampler: before the first
-     optimizer step of a rollout the ratio is exactly 1, because scoring cuts the batch into the
-     very micro-batches that the first epoch trains on. With one optimizer step a rollout, and
-     advantages that need neither values nor the KL, nothing is scored: the training forward is the
-     scorer. What the sampler said is compared with it at every step (`sampling/logp_diff_*`),
-     before the weights change;
-  4. without a critic there is no value head, and with a KL coefficient of 0 no reference;
-  5. a replay buffer's completions train beside the new ones, in micro-batches of their own, with
-     the old log-probabilities that they came with.
+Read `train_policy` from top to bottom. These rules hold for all algorithms (sources in config/):
+  1. Advantages are functions (policy/advantages.py) of the scores; of the KL to a frozen reference,
+     if the KL is in the reward (-coef k1 at every token); and of values, if there is a critic. A
+     linear head on the policy's own trunk gives the value at the position before each token; the
+     value after the end is 0. With `critic.model`, another model gives the values
+     (policy/critic.py) and is trained on the same minibatches, before the policy. Either critic's
+     values start at the first rollout's mean return, and methods without a baseline subtract the
+     running mean of returns, so a constant added to the reward does not change training.
+  2. Whitening and normalisation are over the whole batch of a step, once, before any split.
+  3. Old log-probabilities come from the training forward, not from the sampler. Scoring uses the
+     same micro-batches as the first epoch, so before a rollout's first optimizer step the ratio is
+     exactly 1. With one optimizer step a rollout, and advantages that need neither values nor the
+     KL, there is no scoring: the training forward gives the old log-probabilities. At every step
+     they are compared with the sampler's, before the weights change (`sampling/logp_diff_*`).
+  4. Without a critic there is no value head, and with a KL coefficient of 0 no reference.
+  5. Replayed completions train together with the new ones, in separate micro-batches, and keep the
+     old log-probabilities that they were stored with.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """Place of the trained policy, and the last step's metrics."""
+    """Path of the trained policy's directory, and the last step's metrics."""
 
     model: str
     steps: int
@@ -85,14 +84,14 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     """Train a policy by `config.algorithm`.
 
     The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the
-    end, model/ (loadable by transformers; a critic's value_head.safetensors lies beside the
-    weights) and critic/ (of one of its own, to be the critic.model of another run).
+    end, model/ (loadable by transformers; a value head is in value_head.safetensors). If the critic
+    is a separate model, it is saved in critic/; another run can load it as its critic.model.
 
     Raises:
-        DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is
-            left behind.
-        RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer
-            disagree by more than `max_logp_diff`.
+        DataError, RewardError, ConfigError, OSError: the data, a reward or the configuration cannot
+            be used, or a file cannot be read or written; nothing half-written is left behind.
+        RuntimeError: five updates in a row had a non-finite gradient, or the log-probabilities of
+            sampler and trainer differ by more than `max_logp_diff`.
     """
     with joined(config.parallel.lanes, config.strict) as ranks:
         return _train(config, ranks)
@@ -116,7 +115,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
             critic=None if parts.critic is None else parts.critic.learner,
             replay=parts.replay,
         )
-        # a checkpoint of before prompts were counted
+        # checkpoints of old versions have no count of prompts
         control.drawn = control.drawn or run.start * config.prompts_per_step
         if head is not None and run.start:
             head.restore(control.value_level, control.unit or 1.0)
@@ -156,10 +155,10 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
 # ---- before the first step -----------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Parts:
-    """The models of a run, what trains them, and what is carried from step to step.
+    """The models of a run, their learners, and the state that is carried from step to step.
 
-    gold: rewards that are measured alone. scores_first: whether old log-probabilities, values or
-    the KL are needed before the update.
+    gold: rewards that are only measured, not trained on. scores_first: whether old
+    log-probabilities, values or the KL are needed before the update.
     """
 
     actor: HybridActor
@@ -174,19 +173,19 @@ class _Parts:
 
     @property
     def own_critic(self) -> SeparateCritic | None:
-        """The critic, where it is a model of its own."""
+        """The critic, if it is a separate model; else None."""
         model = None if self.critic is None else self.critic.model
         return model if isinstance(model, SeparateCritic) else None
 
     @property
     def head(self) -> ValueHead | None:
-        """Value head, of the policy or of its critic; None without."""
+        """Value head of the policy or of its critic; None if there is no critic."""
         return self.actor.value_head if self.own_critic is None else self.own_critic.head
 
 
 def _check(config: PolicyConfig, needs: str | None) -> None:
-    """Raise ConfigError, before anything is loaded, for what depends on functions by name, and
-    DataError or FileNotFoundError for data that is not there."""
+    """Raise, before anything is loaded, ConfigError if options contradict the advantage or the
+    objective, and DataError or FileNotFoundError if a data file is missing."""
     named = [config.data]
     named += [part.data for part in (config.evaluation, config.ptx) if part is not None]
     for source in (source for data in named for source in parse_data(data)):
@@ -206,13 +205,13 @@ def _check(config: PolicyConfig, needs: str | None) -> None:
 
 
 def _in_advantage(config: PolicyConfig) -> bool:
-    """Whether advantages contain the KL."""
+    """Whether the advantages depend on the KL to the reference."""
     return config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
 
 
 def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
-    """Whether a rollout is scored before its update, by the policy as it was: else the training
-    forward is the scorer."""
+    """Whether the policy scores a rollout before the update; if not, the update's own forward gives
+    the old log-probabilities."""
     return (
         (needs == "critic" and config.own_critic is None)
         or _in_advantage(config)
@@ -259,7 +258,7 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
 
 
 def _announce(config: PolicyConfig, needs: str | None, run: Run) -> None:
-    """Say which options will do nothing, and what is computed twice."""
+    """Print which options will have no effect, and what is computed twice."""
     if config.idle_bounds:
         run.message(
             "one optimizer step a rollout, so that every ratio is 1: "
@@ -283,11 +282,11 @@ def _announce(config: PolicyConfig, needs: str | None, run: Run) -> None:
 def _judged(
     config: PolicyConfig, parts: _Parts, batch: PackedBatch, step: int, run: Run
 ) -> tuple[PackedBatch, Tensor, Cuts]:
-    """A rollout's batch with all that is known of it before the update, the total reward of each
-    sequence, and the first cuts.
+    """Return a rollout's batch with scores and advantages, the total reward of each sequence, and
+    the first epoch's micro-batches.
 
-    Advantages come first where they may: what has no gradient is then cut apart, and the cuts of
-    scoring are those of training.
+    Advantages are estimated before scoring if possible: completions without a gradient then get
+    micro-batches of their own, and scoring uses the same micro-batches as training.
     """
     batch, totals = parts.control.scaled(batch), None
     if advantages_first(config):
@@ -302,8 +301,8 @@ def _judged(
 
 
 def advantages_first(config: PolicyConfig) -> bool:
-    """Whether advantages depend on scores alone and completions whose advantages are 0 are left
-    out: advantages are then estimated before the rollout is scored."""
+    """Whether advantages are estimated before the rollout is scored: they depend on rewards alone,
+    and completions whose advantages are 0 are left out of training."""
     return (
         leaves_out(config)
         and ADVANTAGES.get(config.advantage, "critic") != "critic"
@@ -314,7 +313,8 @@ def advantages_first(config: PolicyConfig) -> bool:
 def _scored(
     config: PolicyConfig, parts: _Parts, batch: PackedBatch, step: int
 ) -> tuple[PackedBatch, Cuts]:
-    """The batch with what the models say of it, and its first cuts."""
+    """Return the batch with the models' log-probabilities and values, and the first epoch's
+    micro-batches."""
     cuts = cuts_of(batch, config, step, epoch=0)
     scored = parts.scores_first or step < config.critic_warmup
     batch = score(
@@ -333,7 +333,7 @@ def _scored(
 def _estimated(
     config: PolicyConfig, parts: _Parts, batch: PackedBatch
 ) -> tuple[PackedBatch, Tensor]:
-    """The batch with advantages and returns, and the total reward of each sequence."""
+    """Return the batch with advantages and returns, and the total reward of each sequence."""
     control = parts.control
     signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
     signals = settle(signals, control, parts.head)
@@ -350,7 +350,7 @@ def _trained(
     step: int,
     ptx: Ptx | None,
 ) -> dict[str, float]:
-    """Train critic and policy on a rollout; its metrics."""
+    """Train critic and policy on a rollout and return the metrics."""
     actor, control, critic = parts.actor, parts.control, parts.critic
     metrics: dict[str, float] = {}
     if critic is not None and step < critic.rollouts:
@@ -368,9 +368,9 @@ def _trained(
 
 
 def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signals:
-    """Settle what advantages are counted from, before there are any: of the first rollout the mean
-    of its returns, of every rollout the level of values. The unit that they show is for the next
-    rollout (`recount`); the first one's is its own."""
+    """Correct the baseline and the values before advantages are estimated: the first rollout by its
+    mean return, later ones by their mean error beyond chance. The value head's new scale (`unit`)
+    takes effect in `recount`, after this rollout's update; for the first rollout at once."""
     first = control.level is None
     signals, short = signals.settled(first=first)
     if head is None or signals.batch.values is None:
@@ -383,9 +383,9 @@ def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signal
 
 
 def recount(control: Control, head: ValueHead | None) -> bool:
-    """Let values count from now on in the unit that the last rollout showed; return whether that
-    changed it. A change writes parameters, so a step calls this only where its update begins or
-    ends: in between, memory must hold the step before, whole."""
+    """Rescale the value head to the unit that the last rollout's returns gave; return whether the
+    unit changed. A change writes parameters, so a step calls this only when its update begins or
+    ends: in between, memory must hold the complete previous step."""
     if head is None or control.next_unit is None or control.next_unit == control.unit:
         return False
     control.unit = control.next_unit
@@ -397,15 +397,16 @@ def recount(control: Control, head: ValueHead | None) -> bool:
 def _draw(
     prompts: Mixture[Prompt], config: PolicyConfig, control: Control, count: int
 ) -> tuple[list[Prompt], int]:
-    """The next `count` prompts of the stream, and the number of the first in it."""
+    """Return the next `count` prompts of the stream, and the index of the first one."""
     first = control.drawn
     control.drawn += count
     return prompts.draw(config.run.seed, first, first + count), first
 
 
 def cuts_of(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
-    """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens,
-    those without a gradient apart; a function of the batch, the seed, step and epoch."""
+    """Shuffle sequences into minibatches, and split each into micro-batches by tokens. Sequences
+    without a gradient get separate micro-batches. The result depends only on the batch, the
+    configuration, `step` and `epoch`."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
     order = shuffled(B, config.run.seed, "minibatches", step, epoch)
     apart = without_gradient(config, batch)
@@ -423,17 +424,17 @@ def score(
     cuts: Cuts,
     temperature: float,
 ) -> PackedBatch:
-    """Fill old_logp, old_entropy, values (of an actor with a value head) and ref_logp from the
-    training forward, micro-batch by micro-batch in the cuts that the first epoch trains on. None:
-    its columns stay empty."""
+    """Fill old_logp, old_entropy, values (if the actor has a value head) and ref_logp by the
+    training forward, in the micro-batches `cuts`. If `actor` or `reference` is None, its columns
+    stay empty."""
     partition = [group for minibatch in cuts for group in minibatch]
     if actor is not None:
         ours = actor.score(batch, temperature=temperature, partition=partition)
         batch = batch.with_columns(old_logp=ours.logp, old_entropy=ours.entropy)
         batch = batch if ours.values is None else batch.with_columns(values=ours.values)
     if reference is not None:
-        # the reference is the whole model: over the tokens that truncation left alone, a policy
-        # that narrows to what the reference never says would be at no distance from it
+        # The reference is scored over all tokens. If it were truncated to the kept tokens, too, a
+        # policy that narrows to tokens the reference never gives would have no KL to it.
         whole = batch.with_columns(kept=None)
         batch = batch.with_columns(
             ref_logp=reference.score(whole, temperature=temperature, partition=partition).logp
@@ -454,9 +455,9 @@ def update(
     ptx: Ptx | None = None,
     replayed: Replayed | None = None,
 ) -> dict[str, float]:
-    """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the
-    gradient of `ptx` is added to each. Micro-batches without a gradient are left out, all but one
-    where a minibatch has no others."""
+    """Make epochs x minibatches optimizer steps on a rollout and replayed completions; each adds
+    the gradient of `ptx`. Micro-batches without a gradient are left out, but a minibatch that has
+    only such micro-batches keeps one of them. Return the metrics."""
     loss_of = RolloutLoss.of(config, actor, reference, batch, control)
     total_updates, done = _updates(
         config, step - config.critic_warmup, config.steps - config.critic_warmup
@@ -478,7 +479,7 @@ def update(
             moving = [group for group in minibatch if not idle.issuperset(group)] or minibatch[:1]
             trained += sum(map(len, moving))
             given += sum(map(len, minibatch))
-            # log-probabilities, entropies, and log ratios to the policy before
+            # log-probabilities, entropies, and log ratios to the old policy
             seen = torch.zeros(3, batch.num_tokens, device=batch.device)
             with learner.update(done, total_updates) as one:
                 work = one.share(moving, costs_of(batch.lengths, moving))
@@ -494,7 +495,7 @@ def update(
                     measured = _measured(batch, minibatch, moving, seen[:2], config, control)
                 first = epoch == 0 and minibatch is first_cuts[0]
                 for group, numbers in zip(moving, work.rows(), strict=True):
-                    # only in the first pass are there micro-batches of replayed completions alone
+                    # only the first epoch has micro-batches of replayed completions alone
                     old = epoch == 0 and group[0] >= fresh
                     found = statistics(numbers, loss_of)
                     meter.add(*found, epoch, first=first and not old, replayed=old)
@@ -505,7 +506,7 @@ def update(
                 meter.add_ratios(seen[2, slots][batch.action_mask[slots]])
             meter.grad_norms.append(one.grad_norm)
             done += 1
-    # what runs next runs beside the weights, the optimizer's state and the cache alone
+    # the next phase needs the memory: keep only weights, optimizer state and cache
     learner.release()
     metrics = (measured or {}) | meter.metrics() | learner.metrics()
     if config.loss.entropy_target is not None:
@@ -525,9 +526,9 @@ def _measured(
     config: PolicyConfig,
     control: Control,
 ) -> dict[str, float]:
-    """Metrics of a rollout that only its update scores, from the log-probabilities and entropies
-    seen in the first minibatch, before the weights change: with correction.bypass there are more
-    minibatches."""
+    """Return the metrics of a rollout that was not scored before its update. They come from the
+    log-probabilities and entropies of the first minibatch, before the weights change; with
+    correction.bypass a rollout has several minibatches."""
     scored_N = torch.zeros(batch.num_tokens, dtype=torch.bool, device=batch.device)
     scored_N[batch.slots([b for group in trained for b in group])] = True
     members = sorted(b for group in minibatch for b in group)
@@ -547,8 +548,8 @@ def update_critic(
     control: Control,
     step: int,
 ) -> dict[str, float]:
-    """The same passes over the same minibatches for what of a critic is trained by itself: its
-    gradients and the policy's are never there together."""
+    """Train the critic, apart from the policy, on the minibatches that `update` uses. The gradients
+    of critic and policy are never in memory at the same time."""
     model, learner, rollouts = critic
     total_updates, done = _updates(config, step, rollouts)
     stats: list[ValueStats] = []
@@ -581,14 +582,14 @@ def update_critic(
 
 
 def _updates(config: PolicyConfig, done: int, rollouts: int) -> tuple[int, int]:
-    """(optimizer steps on `rollouts` of them, on the `done` first)."""
+    """Return the number of optimizer steps on `rollouts` rollouts, and on the first `done`."""
     each = config.epochs * config.minibatches
     return rollouts * each, done * each
 
 
 def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConfig) -> PackedBatch:
-    """The batch with the token weights of one optimizer step: over its whole minibatch, so that the
-    cut into micro-batches does not change the gradient."""
+    """Return the batch with the token weights of one optimizer step. Weights are over the whole
+    minibatch, so the split into micro-batches does not change the gradient."""
     members = [b for group in minibatch for b in group]
     weights = torch.zeros(batch.num_tokens, device=batch.device)
     weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))

@@ -1,11 +1,12 @@
-"""Rejection-sampling fine-tuning: sample, score, keep the best, train on them by cross-entropy, and
-again from the new weights.
+"""Rejection-sampling fine-tuning: sample, score, keep the best completions, train on them by
+cross-entropy, and repeat with the new weights.
 
 Each step draws prompts_per_step prompts and samples_per_prompt completions of each, keeps the best,
 and makes epochs x minibatches optimizer steps on them. The loss is a mean over all the completion
-tokens of a minibatch, however it is cut. There is no ratio and no reference: a completion is
-imitated or it is not. A prompt none of whose samples is kept is skipped and counted; where no
-sample of a step is kept, the step trains nothing (`updates` is 0).
+tokens of a minibatch, however the minibatch is split into micro-batches. There is no ratio and no
+reference: every kept completion is imitated, and no other. If no sample of a prompt is kept, the
+prompt is skipped and counted. If no sample of a step is kept, the step trains nothing (`updates`
+is 0).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Drawn = tuple[list[Prompt], int]  # prompts, and the number of the first
 
 @dataclass(frozen=True)
 class RejectionResult:
-    """Place of the trained policy, and the last step's metrics."""
+    """Path of the trained policy's directory, and the last step's metrics."""
 
     model: str
     steps: int
@@ -51,8 +52,8 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
     end, model/ (loadable by transformers).
 
     Raises:
-        DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is
-            left behind.
+        DataError, RewardError, ConfigError, OSError: the data, a reward or the configuration cannot
+            be used, or a file cannot be read or written; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
     with joined(config.parallel.lanes) as ranks:
@@ -127,8 +128,9 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
 
 
 def best(experience: Rollout, keep: int, min_score: float | None) -> list[int]:
-    """The sequences to imitate, in the batch's order: of each prompt the `keep` best of at least
-    `min_score`; of equal ones the earlier."""
+    """Choose the sequences to imitate: for each prompt, the `keep` best completions that score at
+    least `min_score`. Of equal scores the earlier one is taken. Return their indices in the batch,
+    in increasing order."""
     scores = experience.batch.column("scores").tolist()
     groups: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(experience.batch.column("group_ids").tolist()):
@@ -149,8 +151,9 @@ def imitate(
     config: RejectionConfig,
     step: int,
 ) -> dict[str, float]:
-    """epochs x minibatches optimizer steps of cross-entropy on these sequences of the batch; fewer
-    minibatches where there are fewer sequences."""
+    """Make epochs x minibatches optimizer steps of cross-entropy on the sequences `kept` of the
+    batch, and return the metrics. If there are fewer sequences than minibatches, each sequence is a
+    minibatch."""
     losses: list[float] = []
     norms: list[float] = []
     total = config.steps * config.epochs * config.minibatches
@@ -175,7 +178,7 @@ def imitate(
             norms.append(update.grad_norm)
             losses += [] if loss is None else [loss.item()]
     raise_faults(batch.device)
-    # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    # the next rollout needs the memory: keep only weights, optimizer state and cache
     learner.release()
     if not norms:
         return {"updates": 0.0}
@@ -189,8 +192,8 @@ def imitate(
 def _describe(
     experience: Rollout, kept: Sequence[int], config: RejectionConfig
 ) -> dict[str, float]:
-    """What was kept of a step's samples: the share of the valid ones, prompts of which nothing was,
-    and the scores and lengths of the kept."""
+    """Return metrics of the samples that a step kept: their share of the batch, the number of
+    prompts without one, and their mean score and length."""
     batch = experience.batch
     groups = batch.column("group_ids").tolist()
     found = {

@@ -1,5 +1,5 @@
-"""A reward model: the trunk of a language model, one linear, the score at the last token, learnt
-from pairs or ranked lists (preference/comparisons.py)."""
+"""Training of reward models on pairs or ranked lists (preference/comparisons.py). A reward model is
+the trunk of a language model with one linear layer; its score is read at the last token."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RewardModelResult:
-    """Place of the reward model; accuracy on the held-out examples with its 95% interval (nan where
-    none were held out)."""
+    """Path of the reward model's directory, the last step's metrics, and the accuracy on held-out
+    examples with its 95% interval (nan if no examples were held out)."""
 
     model: str
     steps: int
@@ -75,12 +75,13 @@ class RewardModelResult:
 def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     """Train a reward model on preferences.
 
-    The run directory receives config.json, metrics.jsonl, checkpoints, denoise.json (where asked
-    for) and, at the end, report.json (accuracy and calibration on what was held out) and model/ (a
-    *ForSequenceClassification of one label, loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, checkpoints and, with `denoise_folds`,
+    denoise.json. At the end it receives report.json (accuracy and calibration on held-out examples)
+    and model/ (a *ForSequenceClassification with one label, loadable by transformers).
 
     Raises:
-        DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
+        DataError, ConfigError, OSError: the data or the configuration cannot be used, or a file
+            cannot be read or written; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
     with joined(config.parallel.lanes) as ranks:
@@ -96,7 +97,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
             lambda comparisons: _hold_out(comparisons, config)
         )
         if config.denoise_folds:
-            del model, learner  # the others need the room
+            del model, learner  # the models of the folds need the memory
             train = _denoised(train, config, run, ranks)
             model, learner = new_model(config, ranks)
         for step, chosen in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
@@ -127,7 +128,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
                         _normalize(model, train.examples, config)
                     metrics["score_shift"] = model.shift
             run.log(step, metrics)
-        # a run that had finished already
+        # if the run had finished already, the shift is in its metrics
         model.shift = run.last_metrics.get("score_shift", model.shift)
         known = run.last_metrics
         interval = (
@@ -145,7 +146,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
 def _read(
     config: RewardModelConfig, model: RewardModel, tokenizer: Any, run: Run, source: Source
 ) -> list[Comparison]:
-    """The preferences of a file, encoded."""
+    """Return the preferences of a file as token ids."""
     trunk = model.decoder.config
     limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
     examples, unusable = load_preferences(
@@ -168,7 +169,7 @@ def _read(
 
 
 def new_model(config: RewardModelConfig, ranks: Ranks = ALONE) -> tuple[RewardModel, Learner]:
-    """The model that a run begins with, and what trains it."""
+    """Return the reward model that a run begins with, and the learner that trains it."""
     decoder = load_decoder(config.model, dtype=config.dtype, device=config.device)
     decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
@@ -182,7 +183,7 @@ def new_model(config: RewardModelConfig, ranks: Ranks = ALONE) -> tuple[RewardMo
 def _hold_out(
     comparisons: list[Comparison], config: RewardModelConfig
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(train, held out) of one file."""
+    """Split the comparisons of one file into (train, held out)."""
     if not config.by_prompt:
         return held_out(comparisons, config.eval_fraction, config.run.seed)
     rows: dict[tuple[int, ...], list[Comparison]] = {}
@@ -196,14 +197,14 @@ def _hold_out(
 def gradients(
     update: Update, model: RewardModel, chosen: Sequence[Comparison], config: RewardModelConfig
 ) -> dict[str, float]:
-    """Add the gradient of one step's loss to the parameters', micro-batch by micro-batch; returns
-    what it measured.
+    """Add the gradient of one step's loss to the parameters' gradients, micro-batch by micro-batch.
+    Return the step's metrics.
 
         loss = ranking + center_coef * centre + imitation_coef * cross-entropy of the best answers'
         tokens
 
-    Each term is a mean over the whole step (examples, examples, tokens), so the split changes
-    nothing. All scores of an example come from one forward.
+    Each term is a mean over the whole step (over examples, examples and tokens), so the split into
+    micro-batches does not change the gradient. All scores of an example come from one forward.
     """
     device, weight = model.decoder.device, sum(c.weight for c in chosen)
     tokens = sum(len(c.completions[i]) for c in chosen for i in c.preferred)
@@ -242,14 +243,14 @@ def gradients(
 
 
 def _split(comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> list[list[int]]:
-    """Micro-batches that keep the completions of a prompt together."""
+    """Split comparisons into micro-batches; the completions of a comparison stay together."""
     return split_by_tokens(
         [(i, c.tokens) for i, c in enumerate(comparisons)], tokens_per_microbatch
     )
 
 
 def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBatch:
-    """All completions side by side, each behind its prompt; the actions are the tokens to
+    """Pack all completions into a batch, each after its prompt. The action mask marks the tokens to
     imitate."""
     return PackedBatch.from_masked(
         (
@@ -265,11 +266,12 @@ def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBat
 def cross_fitted_margins(
     config: RewardModelConfig, comparisons: Sequence[Comparison], ranks: Ranks = ALONE
 ) -> list[float]:
-    """Return each comparison's margin by a reward model that never saw it, nor another of the same
-    prompt: the mean over its pairs of the better score less the worse.
+    """Return the margin of each comparison: the mean over its pairs of the better answer's score
+    minus the worse one's. The scores come from a reward model that was not trained on any
+    comparison of the same prompt.
 
-    The comparisons are dealt out by prompt to `denoise_folds` parts, and for each part a model is
-    trained on the others as the configuration says, and let go.
+    The comparisons are split by prompt into `denoise_folds` parts. For each part, a model is
+    trained on all other parts with the settings in `config`, and deleted after scoring the part.
 
     Raises:
         ConfigError: there are fewer prompts than parts.
@@ -314,8 +316,8 @@ def cross_fitted_margins(
 def _denoised(
     train: Mixture[Comparison], config: RewardModelConfig, run: Run, ranks: Ranks
 ) -> Mixture[Comparison]:
-    """Without the examples that the other folds contradict. What they said is in
-    <run>/denoise.json, from which a resumed run goes on."""
+    """Leave out the examples that the models of the other folds contradict. The margins are saved
+    in <run>/denoise.json, which a resumed run reads."""
     path = run.directory / "denoise.json"
     if run.start and path.is_file():
         margins = json.loads(path.read_bytes())["margins"]
@@ -343,7 +345,7 @@ def _denoised(
 def _score(
     model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int
 ) -> list[Tensor]:
-    """The scores [K] of each comparison's completions."""
+    """Return for each comparison the scores [K] of its completions."""
     found = [torch.empty(0)] * len(comparisons)
     for index in _split(comparisons, tokens_per_microbatch):
         group = [comparisons[i] for i in index]
@@ -359,8 +361,8 @@ def _score(
 def score_pairs(
     model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int
 ) -> tuple[Tensor, Tensor]:
-    """[P] scores of the better and of the worse side of every pair, comparison by comparison in the
-    order of `Comparison.pairs`."""
+    """Return the scores [P] of the better answers and of the worse answers of all pairs, comparison
+    by comparison in the order of `Comparison.pairs`."""
     scores_M = torch.cat(
         [
             *_score(model, comparisons, tokens_per_microbatch),
@@ -374,9 +376,9 @@ def score_pairs(
 def _normalize(
     model: RewardModel, comparisons: Sequence[Comparison], config: RewardModelConfig
 ) -> None:
-    """Move the scores of the best answers to mean 0 (Stiennon et al., 2020, appendix), and scale
-    them to variance 1 if asked (Ziegler et al., 2019, 2.1). The scale goes into the head, so that
-    every reader of the directory has it."""
+    """Shift scores so that the best answers have mean 0 (Stiennon et al., 2020, appendix). If
+    `normalize` is "mean_std", also scale them to variance 1 (Ziegler et al., 2019, 2.1). The scale
+    is multiplied into the head's weight, so any program that loads the saved model uses it."""
     scores = _score(model, comparisons, config.tokens_per_microbatch)
     best = torch.cat([s[c.best] for s, c in zip(scores, comparisons, strict=True)]).double()
     spread = best.std(correction=0).item() if config.normalize == "mean_std" else 1.0
@@ -395,8 +397,8 @@ def report(
     *,
     by_prompt: bool = False,
 ) -> RewardReport | None:
-    """Accuracy and calibration on these; None for none. `by_prompt`: those of one prompt have one
-    vote together."""
+    """Report accuracy and calibration on comparisons; None if there are none. With `by_prompt`, all
+    comparisons of one prompt share one vote."""
     if not comparisons:
         return None
     better, worse = score_pairs(model, comparisons, tokens_per_microbatch)
@@ -420,7 +422,7 @@ def evaluate(
     tokens_per_microbatch: int,
     label_noise: float = 0.0,
 ) -> dict[str, float]:
-    """The report's main figures as metrics; nothing for no pairs. A tie of scores counts as
-    wrong."""
+    """Return the report's main figures as metrics; an empty dictionary if there is nothing to
+    judge. Equal scores count as wrong."""
     found = report(model, comparisons, tokens_per_microbatch, label_noise)
     return {} if found is None else found.metrics()

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: cross-entropy of demonstrations, a mean over all the completion tokens of
-an optimizer step."""
+"""Supervised fine-tuning (SFT): cross-entropy on demonstrations, averaged over all the completion
+tokens of an optimizer step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.runtime.faults import raise_faults
 
-Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
+Tokens = tuple[list[int], list[bool]]  # token ids, and for each whether it is trained on
 
 
 @dataclass(frozen=True)
 class SFTResult:
-    """Place of the trained model, and the last step's metrics."""
+    """Path of the trained model's directory, and the last step's metrics."""
 
     model: str
     steps: int
@@ -44,7 +44,8 @@ def train_sft(config: SFTConfig) -> SFTResult:
     (loadable by transformers).
 
     Raises:
-        DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
+        DataError, ConfigError, OSError: the data or the configuration cannot be used, or a file
+            cannot be read or written; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
     with joined(config.parallel.lanes) as ranks:
@@ -102,7 +103,7 @@ def _train(config: SFTConfig, ranks: Ranks) -> SFTResult:
 
 
 def _read(config: SFTConfig, actor: HybridActor, run: Run, source: Source) -> list[Tokens]:
-    """The demonstrations of a file as (ids, which of them are learnt)."""
+    """Return the demonstrations of a file as token ids, with a mask of the tokens to train on."""
     trunk = actor.decoder.config
     limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
     end, rejects = end_of_text(actor.tokenizer, trunk.eos_token_ids), run.rejects()
@@ -133,7 +134,7 @@ def _read(config: SFTConfig, actor: HybridActor, run: Run, source: Source) -> li
 
 
 def cross_entropy(actor: HybridActor, sequences: list[Tokens], tokens_per_microbatch: int) -> float:
-    """Mean negative log-probability of the completion tokens, in nats."""
+    """Return the mean negative log-probability of the completion tokens, in nats."""
     batch = PackedBatch.from_masked(sequences, device=actor.decoder.device)
     logp = actor.score(batch, partition=batch.split(tokens_per_microbatch)).logp
     return -logp[batch.action_mask].double().mean().item()

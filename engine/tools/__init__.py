@@ -1,1 +1,1 @@
-"""What a person runs beside training: demo, doctor, bench, verify."""
+"""Programs besides training: demo, doctor, bench, verify."""

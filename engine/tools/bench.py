@@ -1,10 +1,10 @@
-"""What `fusedrl bench throughput|latency|step` measures; the floors beside the figures are those of
-workloads.py, on ceilings measured in the same run.
+"""Measurements of `fusedrl bench throughput|latency|step`. The least possible times (floors) come
+from workloads.py, with the machine's ceilings measured in the same run.
 
-Rounds are interleaved: every contestant has its turn in each. Medians are reported. Nobody stops at
-an EOS, so the work is the same for all and in every round. Prefix caches are emptied before a round
-of ours. Weights may be random, in the shapes of published models: what a step costs does not depend
-on them.
+Rounds are interleaved: every contestant runs once in each. Medians are reported. No sequence stops
+at an EOS, so the work is the same for all contestants and in every round. Our prefix cache is
+emptied before each round. Weights may be random, in the shapes of published models: the cost of a
+step does not depend on their values.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ Contestant = Callable[[], list[list[int]]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: a directory or id, or one of `SHAPES` with random weights; one of the two
-    is None."""
+    """Model to measure: either a directory or id, or a name in `SHAPES` with random weights; the
+    other is None."""
 
     model: str | None = None
     shape: str | None = None
@@ -63,7 +63,7 @@ class Subject:
         return self.model if self.model is not None else f"{self.shape}, random weights"
 
     def decoder(self) -> Decoder:
-        """Load the decoder, without an EOS, so that no sequence stops at one."""
+        """Load the decoder, without an EOS, so that no sequence stops early."""
         device = resolve_device(self.device)
         if self.model is not None:
             return _endless(load_decoder(self.model, dtype=self.dtype, device=device))
@@ -77,7 +77,7 @@ class Subject:
         )
 
     def peer(self) -> Any:
-        """The transformers model, likewise."""
+        """Load the model in transformers, also without an EOS."""
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -124,15 +124,16 @@ def throughput(
     warmup: int = 1,
     **sizes: int,
 ) -> dict[str, Any]:
-    """Generate a whole workload. Keys of vLLM's `bench throughput --output-json` are at the top and
-    are ours; `contestants` has everyone's.
+    """Measure how fast a whole workload is generated. The result's top-level keys are those of
+    vLLM's `bench throughput --output-json`, with fusedrl's numbers; `contestants` has the numbers
+    of every contestant.
 
     Args:
-        name: of the workload, one of WORKLOADS.
-        sizes: its arguments.
-        opponents: of OPPONENTS; they and our actor have one copy of the weights.
+        name: name of the workload in WORKLOADS.
+        opponents: names in OPPONENTS. They share one copy of the weights with fusedrl's actor.
+        sizes: arguments of the workload.
     Raises:
-        ConfigError: an unknown opponent, or sequences longer than the model has positions.
+        ConfigError: an opponent is unknown, or a sequence is longer than the model's positions.
     """
     if unknown := [o for o in opponents if o not in OPPONENTS]:
         raise ConfigError(
@@ -196,7 +197,7 @@ def throughput(
 
 
 def ours(actor: HybridActor, workload: Workload, temperature: float) -> Contestant:
-    """Our engine; no prefix of an earlier call is found again."""
+    """Make fusedrl's contestant; it reuses no prefix of an earlier call."""
     prompts = [list(prompt) for prompt in workload.prompts]
     params = [
         SamplingParams(max_new_tokens=n, temperature=temperature, n=workload.samples)
@@ -215,8 +216,8 @@ def ours(actor: HybridActor, workload: Workload, temperature: float) -> Contesta
 
 
 def padded_generate(model: Any, workload: Workload, temperature: float) -> Contestant:
-    """transformers' `generate`: batches padded on the left, all of which run to their longest
-    completion and are cut to what was asked."""
+    """Make a contestant of transformers' `generate`. Batches are padded on the left; a batch runs
+    to its longest completion, and each completion is then cut to the length asked for."""
     device, rows = model.device, max(1, _AT_ONCE // workload.samples)
     how: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -256,13 +257,14 @@ def padded_generate(model: Any, workload: Workload, temperature: float) -> Conte
 
 
 def generate_batch(model: Any, workload: Workload, temperature: float) -> Contestant:
-    """transformers' continuous batching, each request with its own length. Its manager and cache
-    are made once and kept, as ours are; on a CPU, where by default they would take most of the
-    machine's memory and far more time, the cache is cut to the workload. A model has one manager:
-    making another contestant ends the one before.
+    """Make a contestant of transformers' continuous batching, each request with its own length.
+
+    Its manager and cache are made once and kept, as fusedrl's are. On a CPU the default cache would
+    take most of the memory and far more time, so it is reduced to the workload's size. A model has
+    one manager: making another contestant ends the previous one.
 
     Raises:
-        SetupError: this transformers has none.
+        SetupError: the installed transformers has no continuous batching.
     """
     try:
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -271,7 +273,7 @@ def generate_batch(model: Any, workload: Workload, temperature: float) -> Contes
             "bench: this transformers has no continuous batching (generate_batch); upgrade it, or "
             "leave that opponent out"
         ) from error
-    # it would be used again, with its own sizes and its own way to draw
+    # a manager left from before would be used again, with its sizes and sampling settings
     model.destroy_cached_continuous_batching_manager()
     draw: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0}
@@ -332,8 +334,8 @@ OPPONENTS: Mapping[str, Callable[[Any, Workload, float], Contestant]] = {
 def interleaved(
     contestants: Mapping[str, Callable[[], Any]], iterations: int, warmup: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every contestant in each of `iterations` rounds, after `warmup` that are not
-    counted."""
+    """Time every contestant in each of `iterations` rounds, after `warmup` rounds that do not
+    count. Return the seconds of each contestant's rounds."""
     rounds = [
         {who: seconds_of(run, device) for who, run in contestants.items()}
         for _ in range(warmup + iterations)
@@ -342,7 +344,7 @@ def interleaved(
 
 
 def about(subject: Subject, decoder: Decoder, workload: Workload) -> dict[str, Any]:
-    """Facts that every report gives beside its figures."""
+    """Describe the model, the workload, its floor and the machine, for every report."""
     config, device, size = decoder.config, decoder.device, decoder.dtype.itemsize
     copied, multiplied = copy_bandwidth(device), gemm_rate(device)
     floor = floor_of(config, workload, size, copied, multiplied)
@@ -380,12 +382,13 @@ def latency(
     warmup: int = 10,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One batch from start to end, and the same for its first tokens alone. Keys of vLLM's `bench
-    latency --output-json` are at the top; beside them the time to the first token (the batch with
-    one token each) and per token after it, (latency - that) / (output_len - 1), round by round.
+    """Measure the latency of one batch, and of the same batch with one new token each. The result's
+    top-level keys are those of vLLM's `bench latency --output-json`. It also has, for each round,
+    the time to the first token (ttft) and the time per later token, (latency - ttft) / (output_len
+    - 1).
 
     Raises:
-        ConfigError: sequences longer than the model has positions.
+        ConfigError: a sequence is longer than the model's positions.
     """
     actor = HybridActor(subject.decoder())
     workload = random_workload(
@@ -428,7 +431,7 @@ def _percentiles(values: Sequence[float], ranks: Sequence[int]) -> dict[str, flo
 
 # ---- what is printed -----------------------------------------------------------------------------
 def print_report(found: Mapping[str, Any]) -> None:
-    """The table of a result, on standard output."""
+    """Print a result as a table on standard output."""
     from rich.console import Console
     from rich.table import Table
 

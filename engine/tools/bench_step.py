@@ -1,4 +1,5 @@
-"""fusedrl bench step: a whole PPO or GRPO step by phases, by the loop itself."""
+"""fusedrl bench step: a whole PPO or GRPO step, timed phase by phase in the training loop's own
+functions."""
 
 from __future__ import annotations
 
@@ -39,16 +40,16 @@ _LR = 1e-6  # of steps that are timed: the weights hardly move
 
 
 class PolicyStep:
-    """One step of PPO or GRPO as `fusedrl train` makes it, on prompts that are token ids; called,
-    it returns the seconds of PHASES and "step".
+    """Step of PPO or GRPO as `fusedrl train` makes it, on prompts given as token ids. A call makes
+    one step and returns the seconds of each phase in PHASES and of the whole "step".
 
     PPO: value head, a frozen reference whose KL is in the reward, GAE, `epochs` passes. GRPO:
-    groups of the workload's samples, no reference; with one epoch nothing is scored, the training
-    forward is the scorer. One optimizer step an epoch.
+    groups of the workload's samples, no reference. With one epoch GRPO does not score: the training
+    forward gives the old log-probabilities. Each epoch makes one optimizer step.
 
     Args:
-        actor: is trained; for PPO with a value head.
-        reference: for PPO.
+        actor: the policy to train; for PPO it has a value head.
+        reference: the frozen reference, for PPO.
         reward: f(prompt ids, completion ids) -> score.
     """
 
@@ -107,7 +108,7 @@ class PolicyStep:
         seconds, device = dict.fromkeys(PHASES, 0.0), actor.decoder.device
         began = time.perf_counter()
         with _timed(seconds, "generate", device):
-            # of the request ids, of which none comes twice
+            # number of request ids used so far; no id is used twice
             first = self._steps * len(self._prompts)
             outs = actor.generate(
                 self._prompts,
@@ -162,8 +163,7 @@ class PolicyStep:
         return estimate(config, signals), signals.totals
 
     def flops(self) -> dict[str, float]:
-        """Floating-point operations that the model's arithmetic needs in each phase; nothing
-        recomputed counts."""
+        """Floating-point operations that the model needs in each phase, without recomputation."""
         config, lengths = self.actor.decoder.config, self.workload.lengths()
         forward = forward_flops(config, lengths, self.workload.output_tokens)
         scorers = int(self._scored) + (self._reference is not None)
@@ -201,12 +201,12 @@ def step(
     warmup: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Whole steps on random prompts, with what each phase takes; `strict`: in turn with steps of
-    strict numerics on the same weights and sizes.
+    """Measure whole steps on random prompts, phase by phase. With `strict`, they alternate with
+    steps in strict numerics, on the same weights and sizes.
 
     Raises:
-        ConfigError: sequences longer than the model has positions; GRPO with groups of one.
-        ValueError: strict where it cannot be kept.
+        ConfigError: a sequence is longer than the model's positions, or GRPO has groups of one.
+        ValueError: strict numerics are not possible here.
     """
     if algorithm == "grpo" and samples < 2:
         raise ConfigError(
@@ -265,5 +265,6 @@ def step(
 
 
 def _median_of(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The step of median time, whole, so that its phases add up."""
+    """Return the step with the median time. All its phases come from this one step, so they add
+    up."""
     return sorted(steps, key=lambda seconds: seconds["step"])[(len(steps) - 1) // 2]

@@ -1,9 +1,9 @@
-"""The whole path on an embedded task, in minutes on a CPU: SFT from random weights, a reward model
-from noisy preferences, PPO against it.
+"""Demo of all stages on an embedded task, in minutes on a CPU: SFT from random weights, a reward
+model from noisy preferences, PPO with that reward model.
 
-`run_demo` calls the three stages exactly as a user would, and then measures what came of it on
-prompts that no stage has seen: the gold reward, which nothing was trained on, next to the reward
-model's score, which PPO was.
+`run_demo` calls the three stages exactly as a user would. Then it measures the result on prompts
+that no stage has seen: the gold reward, which no stage was trained on, and the reward model's
+score, which PPO was trained on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DemoResult:
 
     @property
     def gain(self) -> Estimate:
-        """The rise of the gold reward."""
+        """Rise of the gold reward by PPO."""
         return self.after.rewards["gold"].minus(self.before.rewards["gold"])
 
 
@@ -85,20 +85,20 @@ def run_demo(
     """Write the task's files, train all three stages, measure, and print a table.
 
     Args:
-        directory: where everything goes; where it holds something already, the first free of
-            directory-2, directory-3, ... is used.
-        seed: of the task, the initial weights and the runs.
-        size: smaller for a quick look; None is the demo as it is meant.
-        device: of the models, in float32 on every one; the CPU unless asked, so that the demo is
-            the same everywhere.
-        progress: live progress and the table on the terminal.
+        directory: directory for all files. If it is not empty, the first free one of directory-2,
+            directory-3, ... is used.
+        seed: seed of the task, the initial weights and the runs.
+        size: sizes of the demo; if None, the full ones.
+        device: device of the models, which are float32 on any device. The default is the CPU, so
+            that the demo is the same everywhere.
+        progress: whether to show live progress and the table on the terminal.
 
     Returns:
-        The stages' results and both evaluations.
+        The results of the three stages, and the evaluations before and after PPO.
     """
     threads = torch.get_num_threads()
-    # for a model this small a second thread is all hand-over; beside busy neighbours it took 3 to
-    # 10 times as long
+    # A model this small gains nothing from a second thread; on a busy machine two threads took 3
+    # to 10 times as long.
     torch.set_num_threads(1)
     try:
         return _run(_free(Path(directory)), seed, size or DemoSize(), device, progress)
@@ -198,9 +198,9 @@ def _reward(model: str, files: Path, device: str, run: RunConfig) -> RewardModel
 def _ppo(
     model: str, reward: str, files: Path, size: DemoSize, device: str, run: RunConfig
 ) -> PolicyConfig:
-    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the
-    # whole credit that a value head which has hardly begun to learn would withhold from it, and a
-    # small value_coef keeps that head from bending the trunk that it shares with the policy.
+    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token its full
+    # credit, even while the value head has hardly learnt anything. A small value_coef keeps the
+    # value head from changing the trunk that it shares with the policy.
     return PolicyConfig(
         model=model,
         data=str(files / "prompts.jsonl"),
@@ -220,8 +220,8 @@ def _ppo(
 
 
 def _free(directory: Path) -> Path:
-    """The directory itself where it is absent or empty, else the first such sibling directory-2,
-    directory-3, ..."""
+    """Return the directory if it is missing or empty, else the first of directory-2, directory-3,
+    ... that is."""
     found, number = directory, 1
     while found.exists() and (not found.is_dir() or any(found.iterdir())):
         number += 1
@@ -230,7 +230,7 @@ def _free(directory: Path) -> Path:
 
 
 def random_model(files: Path, directory: Path, seed: int) -> Path:
-    """A model directory with random weights."""
+    """Make a model directory with random weights from the task's files, and return its path."""
     save_pretrained(
         Decoder.random(model_config(files), seed), directory, tokenizer=load_tokenizer(files)
     )

@@ -1,5 +1,5 @@
-"""The task embedded for the demo: very short stories by rule, a gold reward that a reader can check
-by eye, and a rater who is often wrong.
+"""Task of the demo: very short stories made by rules, a gold reward that a reader can check by eye,
+and a simulated rater who is often wrong.
 
 A story has a prompt, "Mia the fox lived by the river and was lonely.", and a completion of one to
 seven sentences:
@@ -7,12 +7,12 @@ seven sentences:
     " She found a broken kite. Tom the owl helped her near the hill. She felt glad. In the end Mia
     was happy."
 
-A hidden mood (cheerful, neutral, gloomy) starts with the prompt's and wanders from sentence to
-sentence; an ending may come, and it may be about the hero or about someone else. The preference
-pairs are labelled by a Bradley-Terry rater (Bradley and Terry, 1952) who prefers a to b with
-probability sigmoid((gold(a) - gold(b)) / temperature), so the labels agree with the gold order
-about 70% of the time, not unlike human raters; no reward model can expect to be right about them
-more often than `noise_ceiling`. Everything is a function of the seed; nothing is downloaded.
+A story has a hidden mood (cheerful, neutral, gloomy). It starts as the prompt's mood and changes at
+random from sentence to sentence. A story may have an ending, about the hero or about someone else.
+The preference pairs are labelled by a Bradley-Terry rater (Bradley and Terry, 1952), who prefers a
+to b with probability sigmoid((gold(a) - gold(b)) / temperature). So the labels agree with the gold
+order about 70% of the time, much like human raters. No reward model can expect a higher accuracy on
+them than `noise_ceiling`. Everything is a function of the seed; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ MODEL_CONFIG: dict[str, Any] = {
 
 
 def story_prompt(rng: random.Random) -> tuple[str, str, str]:
-    """A prompt, its hero and the tone it sets: ("Mia the fox lived by the river and was lonely.",
-    "Mia", "gloomy")."""
+    """Draw a prompt, its hero and its tone, such as ("Mia the fox lived by the river and was
+    lonely.", "Mia", "gloomy")."""
     hero, tone = rng.choice(list(HEROES)), rng.choice(list(TONES))
     return (
         f"{hero} the {rng.choice(ANIMALS)} lived by the {rng.choice(PLACES)} and was "
@@ -121,7 +121,7 @@ def story_prompt(rng: random.Random) -> tuple[str, str, str]:
 
 
 def story_completion(rng: random.Random, hero: str, tone: str) -> str:
-    """A completion for a prompt of this hero and tone, drawn from the grammar."""
+    """Draw a completion for a prompt with this hero and tone."""
     subject = HEROES[hero]
     them = "her" if subject == "She" else "him"
     sentences: list[str] = []
@@ -161,7 +161,7 @@ def story_completion(rng: random.Random, hero: str, tone: str) -> str:
 
 
 def score_story(prompt: str, completion: str) -> float:
-    """The gold reward of one story; by eye:
+    """Return the gold reward of one story, the sum of:
 
         +1  each sentence with a cheerful word that no sentence before it used (the prompt's own
             words do not count)
@@ -169,9 +169,9 @@ def score_story(prompt: str, completion: str) -> float:
         +2  the last sentence is exactly "In the end HERO was WORD.", with the prompt's hero and a
             cheerful word
         -1  each sentence that repeats an earlier one, and each sentence beyond the fifth
-        -2  the story breaks off in mid-sentence, or there is none
+        -2  the story breaks off in mid-sentence, or is empty
 
-    The most there is, is 7: five sentences, a new cheerful word in each, the last a happy end.
+    The maximum is 7: five sentences, a new cheerful word in each, the last one a happy end.
     """
     *whole, rest = completion.split(".")
     sentences = [sentence.split() for sentence in whole]
@@ -197,8 +197,8 @@ def score_story(prompt: str, completion: str) -> float:
 def gold_reward(
     prompts: Sequence[str], completions: Sequence[str], completion_ids: Any = None, **columns: Any
 ) -> list[float]:
-    """`score_story` of each completion, with the contract of reward functions; token ids and other
-    columns are not used."""
+    """Return `score_story` of each completion, as a reward function. Token ids and other columns
+    are not used."""
     return [
         score_story(prompt, completion)
         for prompt, completion in zip(prompts, completions, strict=True)
@@ -206,8 +206,8 @@ def gold_reward(
 
 
 def build_tokenizer() -> Tokenizer:
-    """One token per word, after a beginning-of-text token. A word keeps the space before it, so
-    decoding is concatenation."""
+    """Make a tokenizer with one token per word, and a beginning-of-text token first. A word keeps
+    the space before it, so decoding is concatenation."""
     vocabulary = [*_SPECIAL, ".", *(f" {word}" for word in _WORDS), *HEROES]
     tokenizer = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>")
@@ -223,14 +223,14 @@ def build_tokenizer() -> Tokenizer:
 
 
 def demonstrations(rng: random.Random) -> Iterator[dict[str, str]]:
-    """Prompts with a completion each, without end."""
+    """Yield prompts with a completion each, endlessly."""
     while True:
         prompt, hero, tone = story_prompt(rng)
         yield {"prompt": prompt, "completion": story_completion(rng, hero, tone)}
 
 
 def preference_pairs(rng: random.Random, temperature: float) -> Iterator[dict[str, str]]:
-    """Pairs of stories for one prompt, put in order by the noisy rater, without end. Stories of
+    """Yield pairs of completions of one prompt, ordered by the noisy rater, endlessly. Pairs of
     equal gold reward are drawn again."""
     while True:
         prompt, hero, tone = story_prompt(rng)
@@ -243,8 +243,8 @@ def preference_pairs(rng: random.Random, temperature: float) -> Iterator[dict[st
 
 
 def noise_ceiling(pairs: Sequence[dict[str, str]], temperature: float) -> float:
-    """The accuracy that gold itself would expect on these labels: the mean of sigmoid(|gap| /
-    temperature)."""
+    """Return the accuracy that the gold reward itself would expect on these labels: the mean of
+    sigmoid(|gap| / temperature), gap the difference of gold rewards."""
     gaps = [
         abs(score_story(row["prompt"], row["chosen"]) - score_story(row["prompt"], row["rejected"]))
         for row in pairs
@@ -269,13 +269,13 @@ def write_demo_files(
     occur in none of the other files.
 
     Args:
-        directory: made if missing.
-        seed: of every draw.
-        stories: rows of sft.jsonl, {"prompt", "completion"}.
-        pairs: rows of pairs.jsonl, {"prompt", "chosen", "rejected"}.
-        prompts: rows of prompts.jsonl, {"prompt"}.
-        held_out: rows of held_out.jsonl, {"prompt"}.
-        rater_temperature: points of gold reward by which odds of e : 1 are told apart.
+        directory: directory for the files; made if missing.
+        seed: seed of every random draw.
+        stories: number of rows of sft.jsonl, {"prompt", "completion"}.
+        pairs: number of rows of pairs.jsonl, {"prompt", "chosen", "rejected"}.
+        prompts: number of rows of prompts.jsonl, {"prompt"}.
+        held_out: number of rows of held_out.jsonl, {"prompt"}.
+        rater_temperature: difference of gold reward at which the rater is right with odds of e : 1.
 
     Returns:
         The directory.

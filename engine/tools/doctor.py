@@ -1,5 +1,5 @@
-"""fusedrl doctor: what this machine has, which implementations run on it and why the others do not,
-and what to do about what is missing."""
+"""fusedrl doctor: lists this machine's hardware and packages, which implementations run here and
+why the rest do not, and how to get missing parts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _OPTIONAL = ("flash-attn", "torchao", "trl", "cuda-bindings", "nvidia-cuda-nvrtc
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Findings of `diagnose`. `missing`: required and not there, with the remedy. `notes`: what
-    would make it faster or do more."""
+    """Findings of `diagnose`. `missing` lists required parts that are absent, with the remedy.
+    `notes` lists ways to make fusedrl faster here or able to do more."""
 
     machine: dict[str, str]
     packages: dict[str, str]
-    # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None where it can
+    # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None if it can
     ops: dict[str, dict[str, dict[str, str | None]]]
     attention: dict[str, dict[str, str]]  # device -> backend -> "verified", or why it is not used
     missing: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Diagnosis:
 
 
 def diagnose(device: str | None = None) -> Diagnosis:
-    """Examine this machine. With `device` ("cuda:1") that device is required, too."""
+    """Examine this machine. If `device` is given ("cuda:1"), that device is required, too."""
     missing: list[str] = []
     notes: list[str] = []
     found = Diagnosis(_machine(), _packages(missing), _ops(), _attention(), missing, notes)
@@ -134,8 +134,8 @@ def _machine() -> dict[str, str]:
 
 
 def _packages(missing: list[str]) -> dict[str, str]:
-    """Versions of what fusedrl requires, and of what it can use; adds to `missing` what is absent
-    or too old."""
+    """Return the versions of required and of optional packages. Add required packages that are
+    absent or too old to `missing`."""
     try:
         required = [Requirement(text) for text in metadata.requires("fusedrl") or ()]
     except metadata.PackageNotFoundError:  # run from its sources
@@ -157,7 +157,8 @@ def _packages(missing: list[str]) -> dict[str, str]:
 
 
 def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
-    """Of every op, from its own table."""
+    """List for every op, from its table of implementations, why each cannot run here (None if it
+    can)."""
     package = importlib.import_module("fusedrl.kernels")
     names = sorted(
         found.name
@@ -181,8 +182,8 @@ def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _attention() -> dict[str, dict[str, str]]:
-    """What has to prove itself before it computes attention, tried on every device that it is
-    for."""
+    """Test, on each device, the attention backends that fusedrl verifies before use. Return
+    "verified" or the fault of each."""
     found: dict[str, dict[str, str]] = {}
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         with warnings.catch_warnings():
@@ -216,7 +217,7 @@ def _output(*command: str) -> str:
 
 
 def print_diagnosis(found: Diagnosis) -> None:
-    """The tables, on standard output."""
+    """Print the findings as tables on standard output."""
     from rich.console import Console
     from rich.table import Table
 

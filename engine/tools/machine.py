@@ -1,5 +1,5 @@
-"""The machine that a figure comes from: what it is, and the two ceilings that figures are held
-against, measured in the same run."""
+"""Description of the machine that a measurement comes from, and its two ceilings, memory bandwidth
+and matrix-product rate, which are measured in the same run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Time one call, whatever it started on the device included."""
+    """Time one call in seconds, including the work that it starts on the device."""
     wait_for(device)
     before = time.perf_counter()
     function()
@@ -29,15 +29,15 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until everything that was started on a GPU is done."""
+    """Wait until all work started on the device is done; on a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy far larger than the caches, bytes read plus bytes written: the
-    fastest of some."""
+    """Measure the bytes per second, read plus written, of a copy far larger than the caches; the
+    fastest of several."""
     source = torch.rand(1 << (28 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, 11)
@@ -45,15 +45,15 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def gemm_rate(device: torch.device) -> float:
-    """Flops per second of a large matrix product of random numbers, in float32 on a CPU and in
-    bfloat16 on a GPU: the fastest of some."""
+    """Measure the flops per second of a large matrix product of random numbers, in float32 on a CPU
+    and in bfloat16 on a GPU; the fastest of several."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _fastest(lambda: a @ b, device, 7)
 
 
 def _fastest(function: Callable[[], Tensor], device: torch.device, calls: int) -> float:
-    # in a row, so that the wait for the device is no part of it
+    # several calls in a row, so that waiting for the device hardly counts
     row = 8 if device.type == "cuda" else 1
 
     def several() -> None:
@@ -65,8 +65,8 @@ def _fastest(function: Callable[[], Tensor], device: torch.device, calls: int) -
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The machine, versions and commit of this run. Outside a checkout the commit is that of
-    nothing: "release"."""
+    """Describe the machine, the versions and the commit of this run. Outside a git checkout the
+    commit is "release"."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -117,7 +117,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _capability() -> str:
-    """The vectors of this processor, and what multiplies bfloat16."""
+    """Name the processor's vector instructions, and those that multiply bfloat16."""
     found = {
         "BF16": torch.cpu._is_avx512_bf16_supported(),
         "AMX": torch.cpu._is_amx_tile_supported(),
@@ -127,7 +127,7 @@ def _capability() -> str:
 
 
 def output_of(command: Sequence[str]) -> str:
-    """Return what a command prints; nothing where it is not there."""
+    """Return what a command prints; "" if there is no such command."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
@@ -135,7 +135,7 @@ def output_of(command: Sequence[str]) -> str:
 
 
 def read_text(path: str) -> str:
-    """A file's text; nothing where it is not there."""
+    """Return a file's text; "" if it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -1,20 +1,21 @@
-"""What is asked of a model when it is measured, and the least time in which a machine could answer.
+"""Workloads that models are measured on, and the least time (floor) a machine would need for each.
 
-Workload  prompts as token ids, how many new tokens each asks for, and how many samples of it.
-          Nobody stops at an EOS. `WORKLOADS` names three:
+Workload  prompts as token ids, and for each prompt the number of new tokens and of samples. No
+          sequence stops at an EOS. `WORKLOADS` names three:
           random   one length in, one length out, as vLLM's random dataset
           seed0    nano-vllm's: lengths in and out uniform in 100 .. 1024 under seed 0, 256
                    requests, 133,966 tokens out; shorter by smaller maxima
           group    64 prompts of 16 samples each, as a GRPO step has them
-Floor     All prompts are read in one step, then every sequence draws a token a step until it has
-          what it asked for. A step takes at least the larger of
-              bytes / copy bandwidth      all weights but an untied input embedding, the keys and
-                                          values of what its tokens see (those of a prompt once
-                                          for all its samples) and those it writes
-              flops / GEMM rate           2 a weight and token, the head's where a token is drawn, 4
-                                          a query head, its width and a position seen
-          Activations are free, and so is everything else a program does. Real engines run fewer
-          sequences at once than all, and read the weights more often.
+Floor     All prompts are read in one step; then every sequence draws one token a step until it has
+          all its new tokens. A step takes at least the larger of
+              bytes / copy bandwidth      bytes of all weights but an untied input embedding, of the
+                                          keys and values that its tokens attend to (a prompt's
+                                          once for all its samples), and of those it writes
+              flops / GEMM rate           2 per weight and token (weights of the head only if a
+                                          token is drawn), and 4 per query head, unit of its width
+                                          and position attended to
+          Activations and all other work count as free. Real engines run fewer sequences at once,
+          and so read the weights more often.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # config.json of published models, for ra
 
 @dataclass(frozen=True)
 class Workload:
-    """`prompts[i]` asks for `new_tokens[i]` tokens, in `samples` completions each."""
+    """Workload in which prompt i gets `samples` completions of `new_tokens[i]` tokens each."""
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
@@ -96,7 +97,7 @@ class Workload:
 
     @property
     def num_sequences(self) -> int:
-        """Prompts times samples."""
+        """Number of sequences: prompts times samples."""
         return len(self.prompts) * self.samples
 
     @property
@@ -106,11 +107,11 @@ class Workload:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens to generate in all."""
+        """Number of tokens to generate in all."""
         return sum(self.new_tokens) * self.samples
 
     def lengths(self) -> list[int]:
-        """Tokens of every sequence, prompt and completion."""
+        """Number of tokens of every sequence, prompt and completion together."""
         return [
             len(prompt) + new
             for prompt, new in zip(self.prompts, self.new_tokens, strict=True)
@@ -118,7 +119,7 @@ class Workload:
         ]
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError where a sequence would be longer than the model has positions."""
+        """Raise ConfigError if a sequence is longer than the model's positions."""
         longest = max(
             range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + self.new_tokens[i]
         )
@@ -140,7 +141,8 @@ def random_workload(
     samples: int = 1,
     seed: int = 0,
 ) -> Workload:
-    """Prompts of `input_len` random ids, and `output_len` tokens of each sample."""
+    """Make a workload of prompts of `input_len` random ids, with `output_len` new tokens for each
+    sample."""
     draw = random.Random(seed)
     prompts = (
         tuple(draw.randrange(vocab_size) for _ in range(input_len)) for _ in range(num_prompts)
@@ -156,9 +158,11 @@ def seed0_workload(
     samples: int = 1,
     seed: int = 0,
 ) -> Workload:
-    """Lengths uniform from 100 / 1024 of the maxima to these, drawn in the order of nano-vllm's
-    bench.py: each prompt's length before its ids, all prompts before the first output length. Ids
-    are drawn below 10,001 as there, and wrapped into smaller vocabularies."""
+    """Make a workload whose lengths are uniform between 100 / 1024 of the maxima and the maxima.
+
+    Numbers are drawn in the order of nano-vllm's bench.py: each prompt's length before its ids, all
+    prompts before the first output length. Ids are below 10,001, as there, and wrap around in
+    smaller vocabularies."""
     draw = random.Random(seed)
 
     def shortest(longest: int) -> int:
@@ -185,7 +189,7 @@ def group_workload(
     samples: int = 16,
     seed: int = 0,
 ) -> Workload:
-    """`random_workload` with a group of samples of each prompt."""
+    """Make a `random_workload` with a group of samples of each prompt."""
     made = random_workload(vocab_size, num_prompts, input_len, output_len, samples, seed)
     return Workload("group", made.prompts, made.new_tokens, samples)
 
@@ -199,8 +203,8 @@ WORKLOADS: Mapping[str, Callable[..., Workload]] = {
 
 # ---- what they need ------------------------------------------------------------------------------
 class Weights(NamedTuple):
-    """Numbers of a model: of all parameters, of the matrices inside the layers, of the head, of
-    what a step reads."""
+    """Weight counts of a model: all parameters, the matrices inside the layers, the head, and the
+    weights that a step reads."""
 
     parameters: int
     layers: int
@@ -222,13 +226,13 @@ def count_weights(config: ModelConfig) -> Weights:
 
 
 def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size
 
 
 def pairs_seen(lengths: Sequence[int], window: int = 0) -> int:
-    """Positions that the tokens of causal sequences see together, themselves included; `window`:
-    each at most so many."""
+    """Count the positions that all tokens of causal sequences attend to, themselves included. If
+    `window` is not 0, a token attends to at most `window` positions."""
     return sum(
         n * (n + 1) // 2
         if not window or n <= window
@@ -238,8 +242,9 @@ def pairs_seen(lengths: Sequence[int], window: int = 0) -> int:
 
 
 def forward_flops(config: ModelConfig, lengths: Sequence[int], drawn: int) -> int:
-    """Return the floating-point operations of one forward over whole sequences, with the head at
-    `drawn` of their tokens. A training pass has three times as many: nothing recomputed counts."""
+    """Return the floating-point operations of one forward over whole sequences, with the head
+    applied to `drawn` of their tokens. Forward and backward together have three times as many,
+    without recomputation."""
     weights, width = count_weights(config), 4 * config.num_heads * config.head_dim
     return (
         2 * weights.layers * sum(lengths)
@@ -249,8 +254,8 @@ def forward_flops(config: ModelConfig, lengths: Sequence[int], drawn: int) -> in
 
 
 def needed(config: ModelConfig, workload: Workload, element_size: int) -> tuple[Tensor, Tensor]:
-    """(bytes, flops), float64, of every step: at 0 the prompts are read and the first tokens drawn,
-    at t the token t of those that ask for more than t."""
+    """Return (bytes, flops) of every step, in float64. Step 0 reads the prompts and draws the first
+    tokens; step t draws token t of the sequences with more than t new tokens."""
     weights, width = count_weights(config), 4 * config.num_heads * config.head_dim
     prompt_G, new_G = (
         torch.tensor(x, dtype=torch.float64)
@@ -277,8 +282,8 @@ def needed(config: ModelConfig, workload: Workload, element_size: int) -> tuple[
 
 
 class Floor(NamedTuple):
-    """The least time of a workload: in seconds, together and of its two phases; and the sums behind
-    them."""
+    """Floor of a workload: the least time in seconds, in all and for its two phases; and the bytes
+    and flops that it is computed from."""
 
     seconds: float
     prefill_seconds: float
@@ -294,7 +299,8 @@ def floor_of(
     copy_bandwidth: float,
     gemm_rate: float,
 ) -> Floor:
-    """See the top of this file. copy_bandwidth in bytes, gemm_rate in flops per second."""
+    """Compute the floor of a workload, as defined at the top of this file. copy_bandwidth is in
+    bytes per second, gemm_rate in flops per second."""
     moved_S, flops_S = needed(config, workload, element_size)
     seconds_S = torch.maximum(moved_S / copy_bandwidth, flops_S / gemm_rate)
     return Floor(

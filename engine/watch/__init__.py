@@ -1,1 +1,1 @@
-"""What looks at runs: evaluation, monitors, the alarm, the judge, reports, memory plans."""
+"""Tools that observe or plan runs: evaluation, monitoring, the alarm, judging, reports, memory."""

@@ -1,21 +1,21 @@
-"""The reward-hacking alarm: the reward that is trained on (the proxy) rises while what it stands
-for does not, and it says by what evidence.
+"""The reward-hacking alarm. It fires when the reward that is trained on (the proxy) rises while the
+quality it stands for does not, and it lists the evidence.
 
-What is known of hacked policies: the reward jumps and the text becomes meaningless or repetitive,
-its entropy, length and perplexity far from where they were. None of that alone is a fault, and the
+In a hacked policy the reward jumps and the text becomes meaningless or repetitive; its entropy,
+length and perplexity move far from where they were. None of these signs alone is a fault, and the
 proxy rises in every run that works. So the alarm fires when the proxy rose significantly and
   - a gold reward (measured, not trained on: monitor_reward) fell significantly, or
-  - no gold reward rose, and evidence of at least two kinds speaks against the text:
-        perplexity   under the reference: by half more than at first, or by a third less
+  - no gold reward rose, and the text has changed in at least two of these ways:
+        perplexity   under the reference: now 1.5 times what it was at first, or two thirds of it
         entropy      of the policy: less than half
         length       twice as long, or half as long
         repetition   within completions (token triples that occurred before, loops at the end) .1
                      more, or between them (distinct token triples) less than half
         kl           above twice kl.target
 "At first" and "now" are medians over the first and the last `window` steps, which must not overlap.
-Significant: by more than `sigmas` standard errors of the difference of two medians, from the
-absolute deviations around them: a trend within a window counts as noise, a single step that stands
-out counts little.
+A change is significant if it is more than `sigmas` standard errors of the difference of the two
+medians. The standard error comes from the absolute deviations around the medians. So a trend within
+a window counts as noise, and a single outlying step counts little.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS_NEEDED = 2
 @dataclass(frozen=True)
 class Bounds:
     """Bounds that a metric may not leave: now / then within [low, high], and now - then at most
-    `rise`. kind: what it is evidence of."""
+    `rise`. `kind` is the kind of evidence that a violation counts as."""
 
     kind: str
     low: float = -math.inf
@@ -59,8 +59,8 @@ KL_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """A metric then and now (medians), how many standard errors they differ by, and what it is
-    evidence of."""
+    """Evidence from one metric: its medians then and now, their difference in standard errors
+    (`sigma`), and the kind of evidence."""
 
     metric: str
     kind: str
@@ -90,7 +90,7 @@ class _Series:
             self.last.append(value)
 
     def change(self) -> tuple[float, float, float] | None:
-        """(then, now, standard errors between them, with the sign of the change); None before both
+        """Return (then, now, their signed difference in standard errors), or None until both
         windows are full."""
         if len(self.last) < (self.last.maxlen or 0):
             return None
@@ -98,9 +98,9 @@ class _Series:
         deviations = [abs(value - then) for value in self.first] + [
             abs(value - now) for value in self.last
         ]
-        # each is the standard deviation of normal noise
+        # for normal noise, each of the two is the standard deviation
         spread = max(1.4826 * median(deviations), 1.2533 * fmean(deviations))
-        # of a median: sqrt(pi / 2) times that of a mean
+        # the standard error of a median is sqrt(pi / 2) times that of a mean
         error = 1.2533 * spread * math.sqrt(2 / len(self.first))
         if now == then:
             return then, now, 0.0
@@ -109,11 +109,11 @@ class _Series:
 
 
 class Detector:
-    """Fed with the metrics of every step; says what speaks for reward hacking. A function of the
-    metrics alone: fed again with those of a run that is resumed, it is where it was.
+    """Detector of reward hacking: takes the metrics of every step and returns the evidence. It
+    depends on the metrics alone: given the metrics of a resumed run again, it is in the same state.
 
-    kl_target: nats per completion, where there is one. firing: whether the last step's evidence
-    sufficed.
+    kl_target: the target KL in nats per completion, or None. firing: whether the last step's
+    evidence was enough for an alarm.
     """
 
     def __init__(self, config: AlarmConfig, kl_target: float | None = None) -> None:
@@ -122,8 +122,8 @@ class Detector:
         self.firing = False
 
     def update(self, metrics: Mapping[str, Any]) -> list[Evidence]:
-        """Take in a step's metrics (missing ones, None and NaN count as not measured) and return
-        the evidence, the proxy's rise first, if it suffices; else nothing."""
+        """Add a step's metrics; None and NaN count as not measured. Return the evidence, the
+        proxy's rise first, if there is enough for an alarm; else an empty list."""
         for name, value in metrics.items():
             if (
                 (name in BOUNDS or name in (PROXY, "kl") or name.startswith(GOLD))
@@ -174,12 +174,12 @@ class Detector:
 
 
 def as_row(step: int, evidence: list[Evidence]) -> dict[str, Any]:
-    """A line of alarms.jsonl."""
+    """Return an alarm as a line of alarms.jsonl."""
     return {"step": step, "evidence": [asdict(one) for one in evidence]}
 
 
 def message(step: int, evidence: list[Evidence]) -> str:
-    """Say an alarm in words, for the terminal."""
+    """Describe an alarm in words, for the terminal."""
     proxy, *others = map(str, evidence)
     return (
         f"reward hacking suspected at step {step}: the trained {proxy} while {'; '.join(others)}. "

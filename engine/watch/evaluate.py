@@ -1,5 +1,5 @@
-"""How a policy does on given prompts, with fresh samples: rewards, KL to a reference, perplexity,
-length, repetition, pass@k."""
+"""Evaluation of a policy on given prompts with fresh samples: rewards, KL to a reference,
+perplexity, length, repetition, pass@k."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS_PER_FORWARD = 8192
 
 
 class Scorer(Protocol):
-    """Whatever has the log-probabilities of a batch: an actor, or a run's reference."""
+    """Scorer of a batch, which gives its log-probabilities: an actor, or a run's reference."""
 
     def score(
         self,
@@ -40,24 +40,24 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Completions of the prompts by one policy, `samples` each, and what they measure. Prompts
-    follow one another; standard errors are over prompts.
+    """Evaluation of one policy: its completions of the prompts, and measurements of them. The
+    samples of a prompt are next to one another. Standard errors are over prompts.
 
     Attributes:
-        rewards: by name, per completion the mean and its standard error.
+        rewards: for each reward's name, the mean per completion and its standard error.
         kl: nats per completion, the sum over its tokens of log policy - log reference; nan without
             a reference.
-        perplexity: of the completions under the reference, exp of its mean loss per token; nan
-            without a reference.
-        own_perplexity: the same under the policy.
-        length: tokens, the EOS included.
-        ended: share of the completions that ended by themselves.
+        perplexity: perplexity of the completions under the reference, exp of the mean loss per
+            token; nan without a reference.
+        own_perplexity: perplexity of the completions under the policy itself.
+        length: tokens per completion, the EOS included.
+        ended: share of the completions that ended with a stop token, not at the length limit.
         repetition: share of a completion's token triples that occurred in it before.
         loops: share of the completions that end in a loop.
-        completions: their texts.
-        scores: per completion, by name.
-        pass_at: by k, the probability that one of k samples earns the first of the rewards; only
-            where that reward is 0 or 1 throughout.
+        completions: texts of the completions.
+        scores: for each reward's name, the score of every completion.
+        pass_at: for each k, the probability that at least one of k samples has the first reward.
+            Empty unless that reward is always 0 or 1.
     """
 
     rewards: dict[str, Estimate]
@@ -87,25 +87,24 @@ def evaluate(
 ) -> Evaluation:
     """Sample completions of the prompts from the policy and measure them.
 
-    It leaves nothing behind that a draw or a gradient depends on: the KV cache forgets its
-    prefixes.
+    Evaluation does not change later samples or gradients: cached prefixes are removed from the KV
+    cache.
 
     Args:
-        policy: what is measured.
-        reference: what KL and perplexity refer to; may be the policy itself.
-        prompts: with their columns, which travel to the rewards; one that comes several times gets
-            as many different samples.
-        rewards: by the name they are reported under; where one is a sum of several, those are
-            reported as name/part.
-        generation: how to sample; KL and perplexity are of the distributions at its temperature.
-        seed: of the samples.
-        samples: of each prompt.
-        request_ids: of the prompts; a draw depends on them and the seed. None: 0, 1, ...
-        tokens_per_forward: of scoring.
+        policy: the model to measure.
+        reference: the model that KL and perplexity refer to; may be the policy itself.
+        prompts: prompts with their columns, which the rewards receive. A prompt that occurs several
+            times gets different samples each time.
+        rewards: rewards by the name to report. The parts of a sum are reported as name/part.
+        generation: how to sample. KL and perplexity are at its temperature.
+        seed: seed of the samples.
+        samples: number of samples per prompt.
+        request_ids: a number for each prompt. Samples depend on it and the seed. Default: 0, 1, ...
+        tokens_per_forward: most tokens of a micro-batch when scoring.
 
     Raises:
         RewardError: a reward raised or did not return one value per completion.
-        RuntimeError: other completions are in flight.
+        RuntimeError: the policy is still generating other completions.
     """
     g = generation
     ids = [
@@ -125,8 +124,8 @@ def evaluate(
     outs = policy.generate(ids, params, request_ids)
     batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
     parts, temperature = batch.split(tokens_per_forward), g.temperature or 1.0
-    # as in training; and what was cached here is not found by the next rollout, whose bits are then
-    # its own
+    # The cache is lent as in training, which also removes the prefixes cached here: the next
+    # rollout cannot reuse them, so its bits do not depend on this evaluation.
     with policy.lend_cache():
         ours = policy.score(batch, temperature=temperature, partition=parts).logp
         theirs = (
@@ -192,7 +191,7 @@ def _scores(
 
 
 def _pass_at(values: Sequence[float], samples: int) -> dict[int, Estimate]:
-    """At k = 1, 2, 4, ... and all samples; nothing where a value is neither 0 nor 1."""
+    """Estimate pass@k for k = 1, 2, 4, ... and `samples`; nothing if a value is not 0 or 1."""
     if not values or not set(values) <= {0.0, 1.0}:
         return {}
     counts = sorted({2**i for i in range(samples.bit_length())} | {samples})
@@ -205,7 +204,7 @@ def _perplexity(logp_N: Tensor, batch: PackedBatch) -> float:
 
 
 def _sums(values_N: Tensor, batch: PackedBatch) -> list[float]:
-    """[B] sums of an action column over each sequence."""
+    """Return for each sequence the sum of a column over its completion's tokens."""
     return [
         part.double().sum().item()
         for part in torch.where(batch.action_mask, values_N, 0.0).split(list(batch.lengths))
@@ -220,7 +219,8 @@ def comparison(
     labels: Mapping[str, str] | None = None,
     kl_target: float | None = None,
 ) -> Table:
-    """A table of both and their difference. `labels`: what to call the rewards."""
+    """Return a table of both evaluations and their difference. `labels` gives names to show for
+    rewards."""
     table = Table(
         title=f"{len(before.completions)} fresh samples each (mean ± standard error)",
         title_justify="left",
@@ -257,7 +257,8 @@ def comparison(
 def side_by_side(
     prompts: Sequence[str], before: Evaluation, after: Evaluation, *, score: str, count: int
 ) -> Table:
-    """The first `count` completions of both, the reward `score` in front."""
+    """Return a table of the first `count` prompts with one completion from each evaluation. Each
+    completion is preceded by its reward named `score`."""
     table = Table(
         title=f"The same prompts before and after; in front the score: {score}",
         title_justify="left",

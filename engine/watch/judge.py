@@ -1,21 +1,21 @@
-"""Pairwise judging: whose completions are better, and how much of the verdict is the judge's own
-bias.
+"""Pairwise judging: which model's completions are better, and how much of the verdict is the
+judge's bias.
 
     judge(prompts, a, b, **columns) -> list[str | float]
 
-One verdict per pair: "a", "b" or "tie", or the probability in [0, 1] that a is the better one. A
-judge is given those arguments that it names, and the columns of the prompts. Every pair is judged
-in both orders, since judges, people and language models alike, prefer a place (Wang et al., 2023,
-"Large Language Models are not Fair Evaluators"). With p1 the verdict on (A, B) and p2 that on (B,
-A), as probabilities of what stands first:
+A judge returns one verdict per pair: "a", "b" or "tie", or the probability in [0, 1] that a is
+better. It receives those arguments and prompt columns that it has parameters for. Every pair is
+judged in both orders, because people and language models alike tend to prefer a position (Wang et
+al., 2023, "Large Language Models are not Fair Evaluators"). Let p1 be the verdict on (A, B) and p2
+the verdict on (B, A), each as the probability that the first answer is better:
 
     preference of a pair    (p1 + 1 - p2) / 2
-    A wins                  p1 > 1/2 and 1 - p2 > 1/2: in both orders. B the same; else it is a tie
-    first                   (p1 + p2) / 2: how much of the verdict goes to what stands first; 1/2
+    A wins                  p1 > 1/2 and 1 - p2 > 1/2: in both orders. B likewise; else it is a tie
+    first                   (p1 + p2) / 2: how much of the verdict goes to the first answer; 1/2
                             for a judge without that bias
 
-Means are over prompts, and intervals are Wilson's with as many trials as there are prompts, which
-is wide enough for probabilities and repeated prompts alike.
+Means are over prompts. Intervals are Wilson's, with one trial per prompt. They are wide enough for
+verdicts that are probabilities, and for several pairs of one prompt.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Pairs:
     columns: Mapping[str, Sequence[Any]]
 
     def swapped(self) -> Pairs:
-        """The same in the other order."""
+        """Return the pairs with first and second answers swapped."""
         return Pairs(self.prompts, self.prompt_ids, self.second, self.first, self.columns)
 
 
 class Judge(Protocol):
-    """Something with a name that gives one verdict per pair."""
+    """Judge with a name, which returns one verdict per pair when called."""
 
     name: str
 
@@ -72,7 +72,7 @@ class Judge(Protocol):
 
 
 class FunctionJudge:
-    """A function with the contract above."""
+    """Judge that calls a function of the form at the top of this file."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -102,7 +102,8 @@ class FunctionJudge:
 
 
 class RewardJudge:
-    """The higher reward wins; equal ones, and two that are invalid, tie. An invalid one loses."""
+    """Judge by reward: the answer with the higher reward wins, and equal rewards tie. An answer
+    whose reward is invalid loses; if both are invalid, they tie."""
 
     def __init__(self, rewards: RewardSet) -> None:
         self.rewards, self.name = rewards, " + ".join(rewards.names)
@@ -122,10 +123,11 @@ class RewardJudge:
 
 
 def load_judge(spec: str | Path | Callable[..., Any]) -> Judge:
-    """A judge from `file.py:function`, or a function.
+    """Make a judge from `file.py:function` or from a function.
 
     Raises:
-        RewardError: no such file, no such function, a failed import, or no function.
+        RewardError: the file or the function is missing, the import fails, or `spec` names
+            something that is not a function.
     """
     if callable(spec):
         return FunctionJudge(spec)
@@ -138,7 +140,7 @@ def load_judge(spec: str | Path | Callable[..., Any]) -> Judge:
 # ---- judging -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Share:
-    """A share with its 95% interval (Wilson)."""
+    """Share in [0, 1] with its 95% interval (Wilson)."""
 
     value: float
     low: float
@@ -146,8 +148,8 @@ class Share:
 
     @classmethod
     def of(cls, values: Sequence[float], groups: Sequence[int]) -> Share:
-        """The mean over groups of the mean within each of values within [0, 1]; nan, with the
-        interval [0, 1], without any."""
+        """Average `values`, each in [0, 1], first within each group and then over the groups. If
+        there are no values, return nan with the interval [0, 1]."""
         members: dict[int, list[float]] = defaultdict(list)
         for value, group in zip(values, groups, strict=True):
             members[group].append(value)
@@ -162,18 +164,18 @@ class Share:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """A judge's verdict on A against B.
+    """Report of a judge's verdicts on the answers of A and B.
 
     Attributes:
-        judge: its name.
-        win_rate: the mean preference for A, ties counting a half.
-        wins, losses, ties: of A, in pairs.
+        judge: name of the judge.
+        win_rate: the mean preference for A; a tie counts as a half.
+        wins, losses, ties: number of pairs that A wins, loses and ties.
         inconsistent: share of the pairs whose winner depends on the order.
-        first_wins: how much of the verdicts goes to what stands first; 1/2 without bias.
-        longer_wins: the mean preference for the longer text (characters), of the pairs whose
+        first_wins: how much of the verdicts goes to the first answer; 1/2 without bias.
+        longer_wins: the mean preference for the longer text (in characters), over the pairs whose
             lengths differ.
-        pairs, prompts: how many.
-        preferences: for A, of every pair.
+        pairs, prompts: number of pairs, and of prompts.
+        preferences: the preference for A in every pair.
     """
 
     judge: str
@@ -189,7 +191,7 @@ class JudgeReport:
     preferences: list[float]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the verdict as JSON values; nan is null."""
+        """Return the report as JSON values; nan becomes null."""
         found = asdict(self)
         for name in ("win_rate", "inconsistent", "first_wins", "longer_wins"):
             found[name] = {
@@ -199,18 +201,20 @@ class JudgeReport:
 
 
 def judge_pairs(judge: Judge, pairs: Pairs, groups: Sequence[int] | None = None) -> JudgeReport:
-    """Judge every pair in both orders; `pairs.first` are A's answers. groups: equal numbers for
-    pairs of the same prompt; None: all are of different ones.
+    """Judge every pair in both orders; `pairs.first` are A's answers.
 
+    Args:
+        groups: a number for each pair, equal for pairs of the same prompt. If None, every pair has
+            a prompt of its own.
     Raises:
-        RewardError: there is no pair, or the judge raised, or did not return one verdict per pair;
-            names the judge and the pair.
+        RewardError: there is no pair, or the judge raised an error or did not return one verdict
+            per pair; the message names the judge and the pair.
     """
     count = len(pairs.prompts)
     if count == 0:
         raise RewardError(f"judge {judge.name!r}: expected at least one pair, got none")
     orders = [_verdicts(judge, one) for one in (pairs, pairs.swapped())]
-    # A's probability, standing first and standing second
+    # probability that A is better: given as the first answer, and as the second
     ours = [(p1, 1.0 - p2) for p1, p2 in zip(*orders, strict=True)]
     preferences = [(p + q) / 2 for p, q in ours]
     signs = [(_sign(p), _sign(q)) for p, q in ours]
@@ -258,7 +262,7 @@ def _verdicts(judge: Judge, pairs: Pairs) -> list[float]:
 
 
 def report_table(report: JudgeReport, labels: tuple[str, str] = ("A", "B")) -> Table:
-    """The report for a terminal."""
+    """Return the report as a table for the terminal."""
     table = Table(
         title=f"{labels[0]} (A) against {labels[1]} (B), by {report.judge}: {report.pairs} pairs "
         f"of {report.prompts} prompts, both orders each",

@@ -1,9 +1,9 @@
-"""What watches a policy run: evaluation on held-out prompts, sample tables over time, the
-reward-hacking alarm, and a word about rewards that teach nothing. Training is bitwise what it is
-without.
+"""Monitoring of a policy run: evaluation on held-out prompts, sample tables over time, the
+reward-hacking alarm, and a message if all rewards are equal. Monitoring does not change training by
+a single bit.
 
-    <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the policy as
-                               it starts is the line of step 0
+    <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the line of
+                               step 0 is the policy before training
     <run>/samples_eval.jsonl   completions of the same few prompts at every evaluation: step,
                                prompt, completion, scores by name
     <run>/alarms.jsonl         a line per alarm: step, and the evidence
@@ -30,18 +30,18 @@ from fusedrl.engine.watch.alarm import Detector, as_row, message
 from fusedrl.engine.watch.evaluate import Evaluation, Scorer, evaluate
 
 ALARM_EXIT = 4  # of a process that the alarm stopped
-FLAT_STEPS = 5  # rollouts in a row whose rewards are all equal, after which that is said again
+FLAT_STEPS = 5  # the message about equal rewards is repeated after so many such rollouts in a row
 
 
 class Monitor:
-    """Made once the run directory is open, before anything is restored; `begin` after that, and
-    `after` at the end of every step.
+    """Monitor of a policy run. Make it when the run directory is open, before a checkpoint is
+    restored. Then call `begin` once, and `after` at the end of every step.
 
     Args:
-        rewards: those that are trained on.
-        gold: those that are only measured.
+        rewards: the rewards that the policy is trained on.
+        gold: the rewards that are only measured.
     Raises:
-        DataError, ConfigError, FileNotFoundError: held-out prompts that cannot be used.
+        DataError, ConfigError, FileNotFoundError: the held-out prompts cannot be used.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Monitor:
             config.generation.max_new_tokens,
             config.score_clip,
         )
-        # a resumed run's: what watches it is where it was
+        # in a resumed run, repeat the earlier steps, so that detectors are in the same state
         for row in read_rows(run.directory / "metrics.jsonl"):
             self._flat.update(row)
             if self._detector is not None:
@@ -77,17 +77,17 @@ class Monitor:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt that the policy is evaluated on."""
+        """Number of tokens of the longest held-out prompt; 0 without held-out prompts."""
         return 0 if self._held_out is None else self._held_out.longest
 
     def begin(self) -> None:
-        """Evaluate the policy as it starts; a resumed run has done so."""
+        """Evaluate the policy before its first step. A resumed run skips this."""
         if self._held_out is not None and self._run.start == 0:
             self._run.metrics.log(0, self._held_out.evaluate(0))
 
     def after(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return what there is to add to the metrics of step `step`, counted from 0: eval/... where
-        an evaluation is due, and the alarm's verdict."""
+        """Return the metrics to add to those of step `step` (counted from 0): eval/... if an
+        evaluation is due, and whether the alarm fires."""
         done, found = step + 1, dict[str, float]()
         if self._held_out is not None and self._held_out.due(done):
             found |= self._held_out.evaluate(done)
@@ -105,14 +105,15 @@ class Monitor:
 
 
 class FlatRewards:
-    """Rollouts that have nothing to tell apart: all rewards are equal (of methods that compare the
-    completions of a prompt, those of each prompt), or all beyond score_clip.
+    """Detector of flat rollouts, from which nothing can be learnt: all rewards are equal, or all
+    scores are beyond score_clip. If a method compares the completions of one prompt, equal rewards
+    within every prompt count, too.
 
     Args:
-        needs: of the advantage: "group" compares the completions of a prompt, "greedy" each with
-            the greedy one, anything else all of them.
-        completions: of a rollout; one alone is equal to no other.
-        max_new_tokens, score_clip: of the run.
+        needs: what the advantage compares: "group" the completions of a prompt, "greedy" each
+            completion with the greedy one, anything else all completions.
+        completions: number of completions in a rollout. A single reward does not count as equal.
+        max_new_tokens, score_clip: values of the run's configuration.
     """
 
     def __init__(
@@ -127,12 +128,12 @@ class FlatRewards:
         self._stretch, self._said = 0, False
 
     def update(self, metrics: Mapping[str, float]) -> str | None:
-        """Take in a step's metrics (a line without a reward counts for nothing). What to say: at
-        the run's first such rollout, and at FLAT_STEPS of them in a row, once in each row."""
+        """Add a step's metrics; a line without a reward is ignored. Return a message at the run's
+        first flat rollout, and at the FLAT_STEPS-th of every series of them; else None."""
         if "reward_std" not in metrics:
             return None
         beyond = metrics.get("score_clip_fraction") == 1.0
-        # below is the rounding of the mean
+        # differences below this bound are rounding of the mean
         equal = metrics["reward_std"] <= 1e-6 * abs(metrics["reward"])
         flat = (equal and self._needs != "greedy" and not self._alone) or (
             self._needs in ("group", "greedy") and metrics.get("frac_reward_zero_std") == 1.0
@@ -166,7 +167,8 @@ class FlatRewards:
         )
 
     def _causes(self, metrics: Mapping[str, float], beyond: bool) -> list[str]:
-        """Those that the metrics speak for, then those that always may be."""
+        """List likely causes: first those that the metrics point to, then those that are always
+        possible."""
         causes = (
             ["scores far from 0: raise score_clip, or centre them with normalize_scores"]
             if beyond
@@ -198,8 +200,8 @@ class FlatRewards:
 
 
 class HeldOut:
-    """The policy on prompts that it does not train on, with the same draws every time. Arguments
-    and errors as `Monitor`."""
+    """Evaluation of the policy on held-out prompts, with the same random draws every time.
+    Arguments and errors are those of `Monitor`."""
 
     def __init__(
         self,
@@ -241,17 +243,17 @@ class HeldOut:
         self._samples = run.lines("samples_eval.jsonl")
 
     def due(self, done: int) -> bool:
-        """Whether the policy is to be evaluated after so many steps."""
+        """Whether the policy is evaluated after step number `done`."""
         return done % self._evaluation.every == 0 or done == self._config.steps
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Metrics of the policy as it is; samples go to the run directory."""
+        """Return metrics of the policy's current weights; write samples to the run directory."""
         config, count, samples = (
             self._config,
             len(self._prompts),
             self._evaluation.samples_per_prompt,
         )
-        # what a reward draws inside changes nothing outside
+        # random draws of a reward function must not change the training run
         with self._run.apart("evaluate"), generators_kept():
             found = evaluate(
                 self._actor,

@@ -1,27 +1,28 @@
-"""What a run will take of memory, before it is started: the tables of `fusedrl plan`.
+"""Memory that a run will need, computed before it starts: the tables of `fusedrl plan`.
 
 Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head
-          dim, F feed-forward width, V vocabulary; e bytes of a parameter, a of an activation
-          (`step.activation_dtype`): 4 beside bfloat16 parameters, else e; the KV cache is of
-          `step.cache_dtype`.
-Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N
-          (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE N (Hq + Hkv) D, attention's output
-          N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes
-          in, 2 N H. While a policy trains, its KV pool's memory takes of it what fits
+          dim, F feed-forward width, V vocabulary. A parameter has e bytes, an activation a bytes
+          (`step.activation_dtype`): 4 if parameters are bfloat16, else e. The KV cache has the
+          dtype `step.cache_dtype`.
+Held      Each layer holds for its backward pass: two norms' inputs and outputs 4 N H, the fused
+          projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE N (Hq + Hkv) D, the
+          output of attention N Hq D, and the feed-forward's activations N 3F; times a bytes, and
+          some floats a token. A checkpointed layer holds its inputs, 2 N H. While a policy trains,
+          activations are placed in the KV pool's memory as far as they fit
           (HybridActor.lend_cache).
-Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bfloat16 ones
-          (optim/adamw.py); each backward pass's own, of e bytes, goes into its sum as soon as it is
-          whole, and the optimizer's step reads the sums where they are.
-Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the
-          head's backward pass, whose gradient V H is whole before it is added; the last layer's; or
-          the embedding's. What generation needs beside the weights and the gradients is compared,
-          too.
-Critic    one of its own is trained before the policy: its weights and moments stay, its gradients
-          and activations are never there together with the policy's.
-Exact     weights, gradients, optimizer, reference, KV pool, cos and sin, activations held (C++
-          kernels). The rest are bounds from the kernels' own rules.
-Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's
-          heap keeps some of what is freed: a float32 model of 1.0 GiB peaked 5 and 7% above the
+Gradients Sums over micro-batches take 4 bytes a trained parameter, also if it is bfloat16
+          (optim/adamw.py). A backward pass's own gradient, of e bytes, is added to its sum as soon
+          as it is complete. The optimizer's step reads the sums in place.
+Peak      The moment of training that needs most memory, with the gradients of earlier micro-batches
+          held. It is the backward pass of the head (whose gradient V H is complete before it is
+          added), of the last layer or of the embedding; or generation, next to weights and
+          gradients.
+Critic    A separate critic is trained before the policy. Its weights and moments stay in memory;
+          its gradients and activations are never in memory together with the policy's.
+Exact     Weights, gradients, optimizer, reference, KV pool, cos and sin, activations held (C++
+          kernels). All other numbers are upper bounds from the kernels' own rules.
+Not in it The interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's
+          heap keeps some of the freed memory: a float32 model of 1.0 GiB peaked 5 and 7% above the
           plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that
           off.
 
@@ -78,15 +79,15 @@ _UNITS = {
     "gib": 1 << 30,
     "tib": 1 << 40,
 }
-_SHARE = 0.9  # of the memory that training leaves on a GPU: the rest is for what allocators lose
+_SHARE = 0.9  # of the GPU memory that training leaves; the rest is for losses of allocators
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "8GiB", "512 MiB", "16GB" or a plain number.
+    """Convert an amount such as "8GiB", "512 MiB", "16GB" or a plain number to bytes.
 
     Raises:
-        ConfigError: anything else, and amounts that are not above 0.
+        ConfigError: `text` is not such an amount, or is not above 0.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower() or "b") if match else None
@@ -99,7 +100,7 @@ def parse_memory(text: str) -> int:
 
 
 def machine_memory(device: torch.device) -> int:
-    """Bytes of the device; of the host, no more than its control group allows."""
+    """Return the device's memory in bytes; for a CPU, at most the limit of its control group."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     memory, limit = (
@@ -112,7 +113,7 @@ def machine_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes, by what they are for."""
+    """Memory of a run in bytes, by purpose."""
 
     weights: int
     reference: int
@@ -120,7 +121,7 @@ class Parts:
     optimizer: int
     kv_pool: int
     rotary: int  # cos and sin of every position (kernels/rope.py), of each model that is loaded
-    # held between forward and backward, beyond what the KV pool's memory takes of them
+    # held from forward to backward, without the part that the KV pool's memory holds
     activations: int
     workspace: int  # at the peak, beside all of the above
 
@@ -138,20 +139,24 @@ class Parts:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment."""
+        """Bytes at the moment of highest use."""
         return self.fixed + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of a run.
+    """Plan of a run's memory.
 
     Attributes:
-        devices: that the run is divided among; all bytes are those of one.
-        demand: the most that the run asks of its KV cache; None: it does not generate.
-        demand_met: whether the cache holds that; else the memory bounds it, and sequences wait.
-        largest: the most tokens of a micro-batch that fit in `memory`, 0 where none does; without
-            and with checkpointed activations.
+        devices: number of devices the run is split across; all byte counts are for one device.
+        demand: the most the run needs of its KV cache; None if the run does not generate.
+        demand_met: whether the KV cache holds `demand`. If not, memory limits the cache, and some
+            sequences wait until others are done.
+        activations: bytes of activations of a micro-batch, without (False) and with (True)
+            checkpointed activations.
+        peaks: bytes at the peak, keyed as `activations`.
+        largest: the largest micro-batch in tokens that fits in `memory`, keyed as `activations`; 0
+            if none fits.
     """
 
     model: str
@@ -170,7 +175,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits the memory."""
+        """Whether the run's peak fits in `memory`."""
         return self.parts.peak <= self.memory
 
     def to_json(self) -> dict[str, Any]:
@@ -200,7 +205,7 @@ class Plan:
 
 
 class Demand(NamedTuple):
-    """The most that a run asks of its KV cache: `sequences` at once, of `tokens` tokens each."""
+    """Demand of a run on its KV cache: at most `sequences` at once, of `tokens` tokens each."""
 
     sequences: int
     tokens: int
@@ -212,12 +217,12 @@ def demand_of(
     longest: int | None = None,
     devices: int = 1,
 ) -> Demand:
-    """The most that a run asks of its KV cache, on each of its devices: by its rollout, or its
-    evaluation.
+    """Return the most that a run needs of its KV cache on each device, for rollouts and evaluation.
 
     Args:
-        longest: tokens of the longest prompt; None: not known, so max_prompt_length or what fits
-            the model.
+        longest: number of tokens of the longest prompt. If None, it is not known, and
+            max_prompt_length or the longest prompt that fits the model is assumed.
+        devices: number of devices the run is split across.
     """
     new = config.generation.max_new_tokens
     sequences = -(-config.prompts_per_step // devices) * config.samples_per_prompt
@@ -231,11 +236,11 @@ def demand_of(
 
 
 def longest_prompt(config: PolicyConfig | RejectionConfig) -> int | None:
-    """Tokens of the longest prompt that a run would generate from, held-out ones too; None where
-    its data or the model's tokenizer is not there.
+    """Return the number of tokens of the longest prompt in a run's data, held-out prompts included;
+    None if the data or the model's tokenizer is missing.
 
     Raises:
-        DataError: data that a run would refuse.
+        DataError: a run would refuse the data.
     """
     names = [config.data]
     if isinstance(config, PolicyConfig) and config.evaluation is not None:
@@ -257,17 +262,16 @@ def longest_prompt(config: PolicyConfig | RejectionConfig) -> int | None:
 
 
 class Planner:
-    """Byte counts of one configuration, as functions of the micro-batch.
+    """Planner of one configuration's memory: byte counts as functions of the micro-batch's tokens.
 
     Args:
         model: the decoder's configuration.
-        config: of the stage.
-        cache: of the KV pool, where it is not the default.
-        memory: bytes of the device, of which the default KV pool takes its share on CUDA.
-        longest: tokens of the longest prompt, as for `demand_of`.
-        values: of a reward model's trunk with a value at every token, which is what a critic of its
-            own is.
-        devices: that the run is divided among; the bytes are those of one, the fullest.
+        config: the stage's configuration.
+        cache: configuration of the KV pool, if it is not the default.
+        memory: bytes of the device. On CUDA the default KV pool takes a share of them.
+        longest: number of tokens of the longest prompt, as for `demand_of`.
+        values: whether a reward model's trunk gives a value at every token, as a separate critic.
+        devices: number of devices the run is split across. Bytes are those of the fullest device.
     """
 
     def __init__(
@@ -291,7 +295,7 @@ class Planner:
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
         self._imitates = isinstance(config, RewardModelConfig) and config.imitation_coef > 0
-        # whether log-probabilities are computed by themselves, and not with the loss
+        # whether log-probabilities are computed in a step of their own, before the loss
         self._apart = self._imitates or isinstance(config, DPOConfig)
         if isinstance(config, PolicyConfig) and not (config.strict or config.generation.truncates):
             objective = make_objective(config, config.penalty.coef)
@@ -320,7 +324,7 @@ class Planner:
                 phase.kv_pool = pool
 
     def _count_trained(self, whole: Decoder | RewardModel, values: bool) -> None:
-        """Weights, gradients and the optimizer's state of what is trained here."""
+        """Count weights, gradients and optimizer state of the model that is trained."""
         model, config = self.model, self.config
         trained = [(p.numel(), p.element_size()) for p in whole.parameters() if p.requires_grad]
         head, idle = (
@@ -342,7 +346,7 @@ class Planner:
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
         # a reward model uses all but the language model's head
         reached = [(n, e, sign) for found, sign in ((trained, 1), (unused, -1)) for n, e in found]
-        # those of 2 bytes are added up in float32; and sums of lanes wait for one another
+        # gradients of 2 bytes are summed in float32; sums of lanes are kept until all are there
         waiting = self._lanes // self._devices
         self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached) * waiting.bit_length()
         self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
@@ -365,7 +369,7 @@ class Planner:
         return lanes_of(self.config.parallel.lanes, strict, self._devices)
 
     def _count_others(self, base: int) -> None:
-        """The reference and the reward models, and the rotary tables of all."""
+        """Count the reference, the reward models, and the rotary tables of all models."""
         config = self.config
         kind = (
             config.reference_kind
@@ -373,7 +377,7 @@ class Planner:
             or (isinstance(config, PolicyConfig) and config.needs_reference)
             else "adapter_off"
         )
-        # only while it scores
+        # on the GPU only while it scores
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
         judges = config.reward if isinstance(config, SamplingConfig) else ()
@@ -385,7 +389,7 @@ class Planner:
         )
 
     def _count_critic(self) -> None:
-        """A critic of its own, which is trained before the policy."""
+        """Count a separate critic, which is trained before the policy."""
         model, config = self.model, self.config
         if isinstance(config, PolicyConfig) and (critic := config.own_critic) is not None:
             trunk = model if critic.model == "policy" else read_model_config(critic.model)
@@ -409,7 +413,7 @@ class Planner:
         return 4 + (2 * (numel + 4 * numel // BLOCK) if eight else 8 * numel)
 
     def _reward_bytes(self, spec: str) -> int:
-        """A reward model's weights; a function has none."""
+        """Return the bytes of a reward model's weights; 0 for a reward function."""
         if not Path(spec).is_dir():
             return 0
         trunk = self._reward_trunk(spec)
@@ -422,8 +426,8 @@ class Planner:
         return Decoder(model_config(spec), dtype=self.dtype, device="meta")
 
     def _rotary_bytes(self, decoder: Decoder) -> int:
-        """Of a model's tables, once the longest text that the configuration allows has come;
-        captured steps have them of all positions from the first."""
+        """Return the bytes of a model's rotary tables after the longest text that the configuration
+        allows. Captured decoding steps (CUDA graphs) need the tables of all positions at once."""
         config, most = self.config, decoder.config.max_positions
         if isinstance(config, SamplingConfig):
             longest = (
@@ -453,18 +457,18 @@ class Planner:
         return ((granted if given else min(needed, granted)) + 1) * size
 
     def _granted_blocks(self, memory: int, size: int) -> int:
-        """Blocks that the memory grants the KV pool, whatever is asked of it."""
+        """Return the number of blocks that memory allows the KV pool, however many are needed."""
         c = self._cache
         if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
             return resolve_num_blocks(
                 c, self._decoder.weights(), self.model.max_positions, self._cached
             )
-        # when the first rollout asks, there is nothing else
+        # at the first rollout nothing else is in memory
         free = memory - self.weights - self.reference - self.rotary
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) - 1
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
-        # what training keeps lies in the pool, and what it needs beside it comes first
+        # activations are held in the pool; first subtract what training needs outside the pool
         spare = (
             free
             - self.optimizer
@@ -477,7 +481,7 @@ class Planner:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the KV pool that sequences can hold."""
+        """Number of blocks of the KV pool that sequences can use."""
         return (
             self.kv_pool
             // block_bytes(self._decoder.weights(), self._cache.block_size, self._cached)
@@ -509,7 +513,7 @@ class Planner:
             if self._lora is not None
             else 0
         )  # A x
-        # products, attention and the MLP hold what goes into them in two bytes (model/wide.py)
+        # products, attention and the MLP hold their inputs in two bytes (model/wide.py)
         if self._cached.itemsize < self._a:
             behind = {"pre": 0, "post": 2, "sandwich": 2}[c.norms]
             wide = (
@@ -532,11 +536,11 @@ class Planner:
         return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """Return the bytes that the training forward holds between the passes, heads included but
-        for kept logits, as autograd's saved tensors count them."""
+        """Return the bytes that the training forward holds for the backward pass, as autograd's
+        saved tensors count them. Heads are included, but logits that a head keeps are not."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * self._a
-        # The first layer has one input; in parallel it is the second's stream, too.
+        # The first layer has one input; in a parallel layout the second layer shares it.
         layers = (
             (2 * L - 1 - (c.parallel and L > 1)) * boundary
             if checkpointed
@@ -560,9 +564,9 @@ class Planner:
         )
 
     def _kept_logits(self, tokens: int) -> int:
-        """Return the bytes of logits that the C++ heads leave for their backward pass, which comes
-        first: one model's where log-probabilities are computed by themselves, two for the KL over
-        the vocabulary."""
+        """Return the bytes of logits that the C++ heads keep for their backward pass, which is the
+        first to run: those of one model if log-probabilities are computed before the loss, of two
+        models for the KL over the vocabulary."""
         config, each = self.config, 4 * tokens * self.model.vocab_size
         if self.device.type != "cpu" or not native.capability:
             return 0
@@ -576,16 +580,16 @@ class Planner:
         )
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
-        """Return the bytes of the activations that do not fit the KV pool's memory, which they are
-        lent."""
+        """Return the bytes of activations that do not fit into the KV pool's memory, which training
+        borrows."""
         return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
 
     def workspace_bytes(
         self, tokens: int, checkpointed: bool, beyond_pool: int | None = None
     ) -> int:
-        """Return the bytes that the worst moment holds beside the fixed parts and the activations;
-        0 at least. `beyond_pool`: of the activations that do not fit the KV pool; by default as the
-        method of that name has it."""
+        """Return the bytes that the peak needs besides the fixed parts and the activations; at
+        least 0. `beyond_pool` is the bytes of activations that do not fit into the KV pool; by
+        default, what the method `beyond_pool` returns."""
         c, N, e, a = self.model, tokens, self._e, self._a
         boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (
@@ -594,7 +598,7 @@ class Planner:
         rise = 0
 
         def widened(numel: int) -> int:
-            """Return the bytes of a weight that are wide at a time."""
+            """Return how many bytes of a weight are widened to float32 at a time."""
             return min(TILE, 4 * numel) if a > e else 0
 
         if not isinstance(self.config, RewardModelConfig) or self._imitates:
@@ -604,7 +608,7 @@ class Planner:
             )
             logits = min(workspace(None, N, c.vocab_size), each)
             if isinstance(self.config, PolicyConfig) and self.config.strict:
-                # within the backward pass: the logits and their gradient
+                # the backward pass holds the logits and their gradient
                 logits = 2 * each if keeps_logits(None, each) else logits
             tile, narrow_copy = widened(c.vocab_size * c.hidden_size), learnt * e if e < 4 else 0
             rise = N * c.hidden_size * e
@@ -612,9 +616,9 @@ class Planner:
                 rise += kept + max(each + max(learnt * 4, tile), learnt * 4 + narrow_copy)
             else:
                 rise += logits + learnt * 4 + max(narrow_copy, tile)
-        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let
-        # go; or that of its wider product, with a tile of it wide, or with what it is computed from
-        # in two bytes.
+        # The backward pass of the last layer: the gradients of its feed-forward, whose inputs are
+        # freed on the way; or the gradient of its wider product, with a widened tile, or with its
+        # inputs in two bytes.
         up = (2 if c.gated else 1) * F * c.hidden_size
         narrow = narrow_products(self.device, self.dtype)
         rounded = N * (up // c.hidden_size + 2 * c.hidden_size) * e if narrow else 0
@@ -629,10 +633,10 @@ class Planner:
         held = self.beyond_pool(N, checkpointed) if beyond_pool is None else beyond_pool
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         generate = max(self._generation_bytes(), self._visiting) - held
-        # the head's part waits for the embedding's
+        # with tied embeddings, the head's gradient is kept until the embedding's is added
         tied = head * e if c.tie_embeddings and rise and not self._imitates else 0
         if isinstance(self.config, PolicyConfig) and self.config.strict:
-            # the recomputed forward's gradients are whole before they are added
+            # the recomputed forward's gradients are complete before they are added
             embedding += self._backward
         return max(0, rise, inside + tied, embedding + tied, generate)
 
@@ -650,7 +654,7 @@ class Planner:
 
     # ---- together --------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
-        """Return what a run takes whose micro-batches have so many tokens."""
+        """Return the memory of a run whose micro-batches have `tokens` tokens."""
         each = (
             Parts(
                 self.weights,
@@ -667,7 +671,7 @@ class Planner:
         return max(each, key=lambda parts: parts.peak)
 
     def largest(self, memory: int, checkpointed: bool) -> int:
-        """The most tokens of a micro-batch that fit; 0 where not one does."""
+        """Return the largest micro-batch, in tokens, that fits in `memory`; 0 if none fits."""
         low, high = 0, _MOST_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
@@ -686,17 +690,17 @@ def plan(
     cache: CacheConfig | None = None,
     devices: int = 1,
 ) -> Plan:
-    """The memory that a run of this configuration takes; of the model only config.json is read,
-    and of data the prompts, where they are there, for the longest.
+    """Return the memory that a run of this configuration takes. Only the model's config.json is
+    read, and the prompts, if they exist, for the length of the longest.
 
     Args:
-        memory: bytes that it may take; None: those of its device.
-        cache: of the KV pool, where it is not the default.
-        devices: that it is divided among; the plan is of each.
+        memory: bytes the run may take; if None, the device's memory.
+        cache: configuration of the KV pool, if it is not the default.
+        devices: number of devices the run is split across; the plan is for one device.
     Raises:
-        ConfigError: lanes that the devices do not divide.
-        FileNotFoundError, ValueError: the model is not there, or none that the decoder knows.
-        DataError: prompts that the run would refuse.
+        ConfigError: the number of lanes is not a multiple of `devices`.
+        FileNotFoundError, ValueError: the model is missing, or of a family that is not supported.
+        DataError: a run would refuse the prompts.
     """
     device = resolve_device(config.device)
     memory = machine_memory(device) if memory is None else memory
@@ -728,13 +732,14 @@ def plan(
 
 
 def cache_for(config: PolicyConfig | RejectionConfig, devices: int = 1) -> CacheConfig:
-    """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory
-    that is free now, before anything is loaded, but never more than the run asks for
-    (`demand_of`). On a CPU the default. Once the prompts are read, `HybridActor.limit_cache` has
-    the last word.
+    """Return the KV cache that `train` gives a policy; on a CPU, the default one.
+
+    Call it before anything is loaded. On a GPU the cache gets the memory that is free now minus
+    what training will need, but never more than the run needs (`demand_of`). Once the prompts are
+    read, `HybridActor.limit_cache` can reduce it further.
 
     Raises:
-        ConfigError: training leaves nothing, with the figures.
+        ConfigError: training leaves no memory for the cache; the message gives the figures.
     """
     device = resolve_device(config.device)
     if device.type != "cuda":
@@ -759,7 +764,7 @@ def cache_for(config: PolicyConfig | RejectionConfig, devices: int = 1) -> Cache
 
 
 def format_bytes(count: int) -> str:
-    """Write a number of bytes in GiB, or MiB below a tenth of one."""
+    """Write a number of bytes in GiB, or in MiB below 0.1 GiB."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
 
 
@@ -772,7 +777,7 @@ def _cache_row(found: Plan) -> str:
 
 
 def print_plan(found: Plan) -> None:
-    """The table, on standard output."""
+    """Print the plan as a table on standard output."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""Tables of a run directory for a terminal: samples over time, and metrics at the beginning,
-half-way and at the end with the alarms.
+"""Tables of a run directory for the terminal: samples over time, metrics at the beginning, half-way
+and at the end, and the alarms.
 
-They read the files alone, also of a run that is going on.
+They read only the files, so they also work while the run is going on.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ SHOWN = (
 
 
 def samples_table(directory: str | Path, columns: int = 4) -> Table:
-    """Held-out prompts in rows, evaluations in columns: the first, the last, and what fits evenly
-    between; scores in front of the completions.
+    """Return a table of completions with their scores: a row for each held-out prompt, and at most
+    `columns` evaluations: the first, the last, and others evenly between.
 
     Raises:
-        ConfigError: the run was not evaluated, or `columns` is below 1.
+        ConfigError: there is no run, the run was not evaluated, or `columns` is below 1.
     """
     rows = list(
         read_rows(
@@ -94,7 +94,7 @@ def samples_table(directory: str | Path, columns: int = 4) -> Table:
 
 
 def metrics_table(directory: str | Path) -> Table:
-    """The metrics that a run is judged by: first, middle and last value, and the extremes.
+    """Return a table of a run's main metrics: first, middle and last value, minimum and maximum.
 
     Raises:
         ConfigError: there is no run.
@@ -133,7 +133,7 @@ def metrics_table(directory: str | Path) -> Table:
 
 
 def alarm_messages(directory: str | Path) -> list[str]:
-    """List what the reward-hacking alarm said."""
+    """List the messages of the reward-hacking alarm."""
     return [
         message(row["step"], [Evidence(**one) for one in row["evidence"]])
         for row in read_rows(Path(directory) / "alarms.jsonl")
@@ -160,5 +160,5 @@ def _file(directory: str | Path, name: str, lack: str) -> Path:
 
 
 def _text(prompt: Any) -> str:
-    """A prompt is a text, or messages: then the last one's."""
+    """Return a prompt's text; of a list of messages, the last message's."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

@@ -1,6 +1,6 @@
-"""Whether the kernels and the engine compute on this machine what they promise. `fusedrl verify`.
+"""fusedrl verify: checks that the kernels and the engine compute correctly on this machine.
 
-Every implementation of an op, the torch one too, is compared with the op's definition in float64
-(definitions/), which shares no code with it. The engine's promises are tried on a tiny model
-against the same engine on the CPU, all of whose ops are then the torch implementations that were
-compared before."""
+Every implementation of an op, also the torch one, is compared with the op's definition in float64
+(definitions/), which shares no code with it. The engine's promises are checked on a tiny model. The
+reference is the same engine on the CPU with the torch implementations, which were checked
+before."""

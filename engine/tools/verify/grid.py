@@ -1,18 +1,19 @@
-"""How the accuracy grid makes its cases, runs an op on them and judges what comes out. What the ops
-are stands in catalogue/.
+"""Accuracy grid: makes test cases, runs an op on them and judges the results. The ops are in
+catalogue/.
 
-An `Entry` names the factors of one public op and their levels. The whole grid is a covering of
-them: every pair of levels of two factors occurs in at least one case (`covering`), which finds what
-one or two settings cause together in a hundred cases in place of millions. A case becomes a
-`Problem`, its outputs and gradients are compared with those of the `definition`, in float64, of the
-same rounded inputs, within the entry's `bounds`.
+An `Entry` names the factors of one public op, such as sizes, dtypes and settings, and the levels
+(values) that each factor takes. The whole grid is a covering: every pair of levels of two factors
+occurs in at least one case (`covering`). So a hundred cases, not millions, find every fault that
+one or two settings cause. A case becomes a `Problem`. Its outputs and gradients are compared with
+those of the `definition`, in float64, of the same rounded inputs, within the entry's `bounds`.
 
 Problems with many rows repeat a few of them: rows n and n + period hold the same bits. The oracle
-sees one period, so that 4096 x 256000 costs it nothing, and the results of all other periods must
-equal the first bit for bit, which is what "independent of its companions" says.
+(the definition in float64) computes one period only, so that 4096 x 256000 is cheap. The results of
+all other periods must equal the first bit for bit: a row does not depend on its companions, the
+other rows of the call.
 
-Numbers are drawn, and the oracle computed, on the CPU, whatever the device: the same problem
-everywhere, and nothing of the device in its judgement.
+Numbers are drawn, and the oracle computed, on the CPU, whatever the device. So the problem is the
+same everywhere, and the device has no part in judging its own results.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Bound:
-    """|got - want| <= atol + rtol |want|. `rounded`: of the oracle rounded to the dtype of what
-    came out, as results in a narrow dtype are."""
+    """Bound on an error: |got - want| <= atol + rtol |want|. If `rounded`, `want` is the oracle's
+    result rounded to the dtype of `got`."""
 
     rtol: float = 0.0
     atol: float | Tensor = 0.0
     rounded: bool = False
 
     def of_rows(self, count: int) -> Bound:
-        """The bound of the first `count` rows."""
+        """Return the bound for the first `count` rows."""
         return (
             replace(self, atol=self.atol[:count])
             if isinstance(self.atol, Tensor) and self.atol.ndim
@@ -56,7 +57,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one call, and what is known of them."""
+    """Problem: the arguments of one call of an op, and facts about them."""
 
     x: dict[str, Any]  # tensors (or None) by argument name
     settings: dict[str, Any] = field(default_factory=dict)  # all other arguments
@@ -66,8 +67,8 @@ class Problem:
     period: int = 0  # rows n and n + period of x and of the outputs are the same; 0: no repetition
 
     def rows(self, count: int, names: set[str]) -> Problem:
-        """The first `count` rows of everything that has rows: `names` among x, and every upstream
-        gradient."""
+        """Return the problem with only the first `count` rows of the arguments `names` and of every
+        upstream gradient."""
         x = {
             name: t[:count] if t is not None and name in names else t for name, t in self.x.items()
         }
@@ -94,7 +95,7 @@ class Problem:
         )
 
     def to(self, device: torch.device | str) -> Problem:
-        """Return the problem on `device`; itself where it lies there."""
+        """Return the problem on `device`; itself if it is there already."""
         x, settings, upstream, hidden = (
             moved(part, torch.device(device))
             for part in (self.x, self.settings, self.upstream, self.hidden)
@@ -109,8 +110,8 @@ class Problem:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and dicts of them, on `device`: with their strides, their offset
-    and what lies around them."""
+    """Move tensors, and tuples, lists and dicts of them, to `device`, with their strides, their
+    offset and the memory around them."""
     if isinstance(value, Tensor):
         if value.device.type == device.type and device.index in (None, value.device.index):
             return value
@@ -129,7 +130,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def bytes_of(value: Tensor) -> Tensor:
-    """The whole storage of a tensor."""
+    """Return the whole storage of a tensor as bytes."""
     storage = value.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
         storage, 0, (storage.nbytes(),), (1,)
@@ -140,17 +141,18 @@ def bytes_of(value: Tensor) -> Tensor:
 class Entry:
     """Entry of one public op in the catalogue.
 
-    op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of
-    each make the plain case, small and ordinary. make: (case as a namespace, generator) -> Problem.
-    forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are
-    differentiated by `wants`. definition: the same of (x, settings), from definitions/, which share
-    no code with the op. bounds: (problem, want) -> Bound of every output ("d name" for a gradient).
-    triton: levels that replace others where Triton is interpreted (on a CPU). fits: whether a case
-    is to be run. cost: elements that it touches. timed: changes to the plain case, by kind of
-    device, that make one large enough to be timed; empty where none would say much. work: (bytes,
-    flops) that a timed problem needs at least, from its inputs and its results; None: every input
-    read and every result written once. writes: arguments that the op writes to by contract. rows:
-    arguments with a row for each row of the outputs, where rows are independent.
+    op: name of the op. table: its `Implementations`. levels: factor -> levels; the first level of
+    each factor makes the plain case, which is small and ordinary. make: (case as a namespace,
+    generator) -> Problem. forward: (x, settings, impl) -> outputs by name. wants: arguments to
+    differentiate by; the gradients are of the outputs named in the problem's `upstream`.
+    definition: (x, settings) -> the same outputs, from definitions/, which share no code with the
+    op. bounds: (problem, want) -> Bound of every output ("d name" for a gradient). triton: levels
+    that replace those in `levels` if Triton is interpreted (on a CPU). fits: whether to run a case.
+    cost: number of elements that a case touches. timed: for each kind of device, changes to the
+    plain case that make it large enough for timing; empty if the op is not timed. work: (bytes,
+    flops) that a timed problem needs at least, from its inputs and results; if None, the bytes of
+    every input read and every result written once. writes: arguments that the op may write to.
+    rows: arguments with a row for each row of the outputs, if rows are independent.
     """
 
     op: str
@@ -170,7 +172,7 @@ class Entry:
     work: Callable[[Problem, Tensors], tuple[int, int]] | None = None
 
     def implementations(self, device: torch.device | str = "cpu") -> list[str]:
-        """Return the implementations that can run here."""
+        """Return the implementations that can run on `device`."""
         kind = torch.device(device).type
         return [
             name
@@ -179,21 +181,21 @@ class Entry:
         ]
 
     def levels_of(self, impl: str, device: torch.device | str = "cpu") -> dict[str, tuple]:
-        """The levels of each factor that an implementation is tried at on a device: `levels`, or
-        those of `triton` in their place where Triton is interpreted."""
+        """Return the levels of each factor for testing an implementation on a device: `levels`, or
+        those in `triton` instead if Triton is interpreted."""
         return self.levels | (self.triton if interpreted(impl, device) else {})
 
     def plain(self, **changes: object) -> Case:
-        """The case of every dimension's first level, but for the changes."""
+        """Return the case of every factor's first level, with these changes."""
         return {name: levels[0] for name, levels in self.levels.items()} | changes
 
     def problem(self, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
-        """The inputs of a case, drawn on the CPU from the seed."""
+        """Make the problem of a case on `device`; its numbers are drawn on the CPU from `seed`."""
         return self.make(SimpleNamespace(**case), torch.Generator().manual_seed(seed)).to(device)
 
 
 def interpreted(impl: str, device: torch.device | str) -> bool:
-    """Whether it is Triton's interpreter that runs it."""
+    """Whether the implementation runs in Triton's interpreter on `device`."""
     return impl == "triton" and torch.device(device).type != "cuda"
 
 
@@ -203,9 +205,9 @@ def covering(
     fits: Callable[[SimpleNamespace], bool] = lambda case: True,
     seed: int = 0,
 ) -> list[Case]:
-    """Cases in which every pair of levels of two factors occurs that a fitting case is found for.
-    Each starts from a pair that is still missing; of a dozen random completions that fit, the one
-    that brings most missing pairs is taken."""
+    """Make cases that together contain every pair of levels of two factors, as far as a case that
+    `fits` is found. Each case starts from a missing pair. The other levels are drawn at random a
+    dozen times, and the draw that adds most missing pairs is taken."""
     chance, names = random.Random(seed), sorted(levels)
     missing = {
         ((a, i), (b, j))
@@ -242,8 +244,8 @@ def _grid(entry: Entry, small: bool) -> list[Case]:
 
 
 def grid(entry: Entry, impl: str, most: int, device: torch.device | str = "cpu") -> list[Case]:
-    """The whole grid of an op, three coverings, which pair the levels in different company, but for
-    cases of more than `most` elements."""
+    """Return the whole grid of an op: the cases of three different coverings, without those of more
+    than `most` elements."""
     return [
         case
         for case in _grid(entry, interpreted(impl, device))
@@ -259,8 +261,8 @@ def sample_of_grid(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[Case]:
-    """A draw of `count` cases from the same levels, fixed by `seed`, each of at most `most`
-    elements, one of them perhaps of none."""
+    """Draw up to `count` random cases from the entry's levels, repeatable by `seed`. Each has at
+    most `most` elements; at most one is empty."""
     chance = random.Random(f"{entry.op} {impl} {seed}" if seed else f"{entry.op} {impl}")
     levels, cases, empty = entry.levels_of(impl, device), list[Case](), 0
     for _ in range(2000):
@@ -275,7 +277,7 @@ def sample_of_grid(
 
 
 def describe(case: Case) -> str:
-    """The case in one line, for messages."""
+    """Describe a case in one line, for messages."""
     return ", ".join(f"{name}={str(level).removeprefix('torch.')}" for name, level in case.items())
 
 
@@ -283,8 +285,8 @@ def describe(case: Case) -> str:
 def run(
     entry: Entry, problem: Problem, impl: str | None, forward: Callable | None = None
 ) -> Tensors:
-    """Outputs by name and gradients as "d name". Inputs are not copied, so that they keep their
-    layout, unless the op writes to them."""
+    """Run an op; return outputs by name and gradients as "d name". Inputs that the op writes to are
+    copied first, with their layout."""
     x = {
         name: copy_with_storage(t) if name in entry.writes and t is not None else t
         for name, t in problem.x.items()
@@ -299,8 +301,8 @@ def run(
 
 
 def oracle(entry: Entry, problem: Problem, dtype: torch.dtype = torch.float64) -> Tensors:
-    """The definition's, in float64 or another dtype, on the CPU; of one period where the problem
-    has one."""
+    """Return the definition's outputs and gradients, in float64 or another dtype, on the CPU. If
+    the problem repeats rows, return one period of them."""
     problem = problem.to("cpu")
     if problem.period:
         problem = problem.rows(problem.period, set(entry.rows))
@@ -316,7 +318,7 @@ def oracle(entry: Entry, problem: Problem, dtype: torch.dtype = torch.float64) -
 def finished(
     outputs: Tensors, leaves: Tensors, problem: Problem, materialize: bool = False
 ) -> Tensors:
-    """Outputs by name, and gradients as "d name" where there are leaves."""
+    """Collect outputs by name, and gradients by `leaves` as "d name"."""
     got = {name: t.detach() for name, t in outputs.items()}
     if leaves:
         names = [
@@ -333,7 +335,7 @@ def finished(
 
 
 def copy_with_storage(t: Tensor) -> Tensor:
-    """A copy that keeps strides, offset and what lies around the tensor."""
+    """Copy a tensor with its strides, its offset and the memory around it."""
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(
         t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride()
     )
@@ -341,8 +343,8 @@ def copy_with_storage(t: Tensor) -> Tensor:
 
 # ---- the verdict ---------------------------------------------------------------------------------
 def excess(got: Tensor, want: Tensor, bound: Bound) -> float:
-    """Largest error in units of what is allowed; infinite where one is NaN or infinite and the
-    other is not, or another infinity."""
+    """Return the largest error as a multiple of the bound. It is infinite if NaN or infinities do
+    not agree between `got` and `want`."""
     if got.shape != want.shape:
         return math.inf
     if got.numel() == 0:
@@ -367,7 +369,7 @@ def excess(got: Tensor, want: Tensor, bound: Bound) -> float:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, NaN to NaN."""
+    """Whether two tensors are equal; NaN equals NaN."""
     return a.shape == b.shape and (
         torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
     )
@@ -381,14 +383,14 @@ def judge(
     exact: bool = True,
     narrow: bool = False,
 ) -> dict[str, float]:
-    """Return error / bound of every output; the case is accepted where none is above 1.
+    """Return error / bound of every output; the case passes if none is above 1.
 
     Args:
-        exact: repetitions of a row that differ from it count as infinite, else by their error.
-        narrow: products take their operands in the dtype of the inputs, as Triton's do. The
+        exact: if a repeated row differs from the first, its error counts as infinite; without
+            `exact`, it counts as any other error.
+        narrow: matrix products take their operands in the dtype of the inputs, as Triton's do. The
             gradient of the logits is then rounded before its products (the interpreter truncates
-            it to bfloat16), and a gradient in a narrow dtype may be off by eps of its largest
-            value.
+            it to bfloat16), so a gradient in a narrow dtype may be off by eps of its largest value.
     """
     problem, got = problem.to("cpu"), {name: t.cpu() for name, t in got.items()}
     bounds = entry.bounds(problem, want)
@@ -419,7 +421,7 @@ def judge(
 
 
 def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
-    """Names of the outputs that the checks refuse."""
+    """Return the names of the outputs that are outside their bounds."""
     return {
         name
         for name, value in judge(entry, problem, got, oracle(entry, problem)).items()
@@ -432,12 +434,12 @@ class Verdict:
     """Judgement of one case.
 
     Attributes:
-        worst: error / bound of every output; infinite where an error knows no bound, such as NaN
-            for a number.
-        companions: outputs in which a row came out with other bits than the same row elsewhere (not
-            looked at in torch's own kernels, which take the ends of a tensor another way).
-        moved: outputs in which a second run gave other bits.
-        written: inputs that were written to, and must not be.
+        worst: error / bound of every output; infinite for an error without a bound, such as NaN in
+            place of a number.
+        companions: outputs in which equal rows came out with different bits. Not checked for
+            torch's own kernels, which treat the ends of a tensor differently.
+        moved: outputs whose bits differed in a second run.
+        written: inputs that the op wrote to without permission.
     """
 
     worst: dict[str, float]
@@ -446,7 +448,7 @@ class Verdict:
     written: list[str]
 
     def faults(self) -> list[str]:
-        """Say in words what must not be; empty where all is well."""
+        """Describe every fault in words; empty if there is none."""
         found = [
             f"{name}: error / bound = {value:.3g}"
             for name, value in self.worst.items()
@@ -463,8 +465,8 @@ class Verdict:
 def examine(
     entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu", twice: bool = False
 ) -> Verdict:
-    """Run one case, `twice` to see whether the bits are the same, and hold it against the
-    oracle."""
+    """Run one case and compare it with the oracle. With `twice`, run it again and compare the
+    bits."""
     problem = entry.problem(case, device=device)
     watched = {
         name: t
@@ -502,8 +504,8 @@ def repeats(t: Tensor, period: int) -> bool:
 def verify(
     entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Run one case and raise unless every output is within its bounds and no input was written to.
-    Returns the worst excess of each output."""
+    """Run one case. Raise AssertionError if an output is outside its bounds, rows depend on their
+    companions, or an input was written to. Return error / bound of each output."""
     verdict = examine(entry, case, impl, device)
     if faults := verdict.faults():
         raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: {'; '.join(faults)}")
@@ -511,15 +513,15 @@ def verify(
 
 
 def narrow_products(entry: Entry, impl: str, device: torch.device | str) -> bool:
-    """Whether an implementation's products take their operands in the dtype of the inputs:
-    Triton's, and on a GPU torch's, too."""
+    """Whether an implementation's matrix products take their operands in the dtype of the inputs,
+    as those of heads do in Triton, and on a GPU in any implementation."""
     return entry.op.startswith("linear_") and (
         impl == "triton" or torch.device(device).type == "cuda"
     )
 
 
 def bytes_differ(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
-    """Whether two storages of one size hold other bytes."""
+    """Whether two storages of the same size hold different bytes."""
     return not torch.equal(
         *(
             torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (s.nbytes(),), (1,))

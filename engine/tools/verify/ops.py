@@ -1,5 +1,5 @@
-"""One implementation of one op, tried: accuracy and equal bits over a sample of the grid, and the
-time of one call."""
+"""Checks of one implementation of one op: accuracy and repeatable bits over a sample of the grid,
+and the time of one call."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ SMALL_TILES = {"full_kl._triton": {"_BLOCK": 64}, "gae._triton": {"_CHUNK": 16}}
 
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
-    """Cut Triton's tiles, within the block, to what the interpreter runs in milliseconds; nothing
-    changes where it does not run."""
+    """Make Triton's tiles small enough for the interpreter to run in milliseconds, for the duration
+    of the block. Without the interpreter, do nothing."""
     found: list[tuple[Any, str, Any]] = []
     if unavailable("triton", "cpu") is None:
         for module, values in SMALL_TILES.items():
@@ -59,7 +59,7 @@ def small_tiles() -> Iterator[None]:
 
 
 def budget(sizes: dict[str, int], impl: str, device: torch.device) -> int:
-    """The entry of QUICK or WHOLE that an implementation has on a device."""
+    """Return the limit in `sizes` (QUICK or WHOLE) for an implementation on a device."""
     return sizes[
         "gpu" if device.type == "cuda" else "interpreted" if interpreted(impl, device) else impl
     ]
@@ -74,14 +74,14 @@ def try_op(
     full: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Try one op and implementation; return its row: how many cases, what was wrong, the largest
-    error in units of what is allowed.
+    """Check one implementation of an op. Return its row of the report: the number of cases, the
+    faults, and the largest error as a multiple of its bound.
 
     Args:
-        cases: how many of the grid are drawn, beside the plain one; half as many under Triton's
+        cases: number of random cases, besides the plain one; half as many under Triton's
             interpreter.
-        full: all of them.
-        seed: of draws and numbers.
+        full: whether to run the whole grid instead.
+        seed: seed of the random cases.
     """
     began = time.perf_counter()
     if full:
@@ -93,10 +93,10 @@ def try_op(
         **{name: levels[0] for name, levels in entry.levels_of(impl, device).items()}
     )
     worst, why, refused, moved, fatal = 0.0, list[str](), list[str](), 0, False
-    # torch's own kernels there add by atomics: their bits are not promised
+    # torch's own GPU kernels add by atomics, so their bits may differ between runs
     torchs = impl == "torch" and device.type == "cuda"
     with small_tiles(), warnings.catch_warnings():
-        # numpy's under the interpreter, of NaN and overflow that are meant
+        # under the interpreter, numpy warns of NaN and overflow, which the cases contain on purpose
         warnings.simplefilter("ignore", RuntimeWarning)
         for case in (plain, *drawn):
             try:
@@ -105,7 +105,7 @@ def try_op(
             except CannotServe as error:
                 refused.append(f"{describe(case)}: {error}")
                 continue
-            except Exception as error:  # whatever it is, it is what this row has to say
+            except Exception as error:  # any error is a fault to report in this row
                 why.append(f"{describe(case)}: {type(error).__name__}: {str(error).strip()[:500]}")
                 if fatal := lost(error):
                     break
@@ -131,7 +131,7 @@ def try_op(
 
 
 def lost(error: Exception) -> bool:
-    """Whether a process can do nothing more on its GPU after this error."""
+    """Whether a process can no longer use its GPU after this error."""
     return any(
         word in str(error)
         for word in ("CUDA error", "illegal memory access", "HIP error", "device-side assert")
@@ -141,11 +141,11 @@ def lost(error: Exception) -> bool:
 def time_op(
     entry: Entry, impl: str, device: torch.device, bandwidth: float, rate: float
 ) -> dict[str, Any]:
-    """Milliseconds of one call, forward and backward, from Python to the device's last word: the
-    median; and the share of what this machine could do.
+    """Time one call, forward and backward, from Python until the device is done. Return the median
+    in milliseconds, and the percentage of the machine's ceiling that the call reached. Empty if the
+    op has no timed case, and under Triton's interpreter.
 
-    bandwidth, rate: bytes and flops per second of the ceilings. Empty for an op that has no timed
-    case, and under Triton's interpreter.
+    bandwidth, rate: the machine's ceilings in bytes and flops per second.
     """
     changes = entry.timed.get(device.type)
     if changes is None or interpreted(impl, device):
@@ -175,7 +175,7 @@ def time_op(
 
 
 def _prepared(entry: Entry, problem: Problem) -> dict[str, Any]:
-    """The arguments of one call: fresh where the op writes to them."""
+    """Return the arguments of one call; those that the op writes to are copied."""
     x = {
         name: copy_with_storage(t) if name in entry.writes and t is not None else t
         for name, t in problem.x.items()
@@ -192,11 +192,11 @@ def _call(entry: Entry, x: dict[str, Any], problem: Problem, impl: str) -> Tenso
 
 
 def _traffic(problem: Problem, results: Tensors) -> int:
-    """Bytes of every input read and every result written once."""
+    """Count the bytes of reading every input and writing every result once."""
     tensors = (*problem.x.values(), *problem.upstream.values(), *results.values())
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def cost_of(entry: Entry) -> int:
-    """Return how much there is to do in the op's plain case: the large ones are begun first."""
+    """Return the cost of the op's plain case; expensive ops are started first."""
     return entry.cost(SimpleNamespace(**entry.plain())) * max(1, len(entry.wants))

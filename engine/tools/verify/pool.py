@@ -1,5 +1,5 @@
-"""Workers side by side. A task whose worker dies or takes too long has that for its answer, and the
-next task finds a new worker."""
+"""Pool of parallel worker processes. If a worker dies or takes too long, the task's answer says so,
+and the next task gets a new worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _START = 120.0  # seconds in which a process must have begun
 
 
 class Worker:
-    """One process of worker.py; it is started when the first task comes."""
+    """Worker process that runs worker.py; it starts with the first task."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -27,8 +27,8 @@ class Worker:
         self._late = False
 
     def __call__(self, task: Task, timeout: float) -> dict[str, Any]:
-        """The answer to a task; {"state": "FAIL", "why": [...]} where there came none within
-        `timeout` seconds, the start of the process not counted."""
+        """Return the answer to a task; {"state": "FAIL", "why": [...]} if there is none within
+        `timeout` seconds, not counting the start of the process."""
         if self._process is None or self._process.poll() is not None:
             self._start()
             if not self._line(max(timeout, _START)):
@@ -58,8 +58,8 @@ class Worker:
         )
 
     def _line(self, timeout: float, task: Task | None = None) -> str:
-        """What the process says next, after it was told a task; "" where it died or was too
-        slow."""
+        """Send a task to the process and return the next line that it prints; "" if it died or was
+        too slow."""
         process, self._late = self._process, False
         if process is None or process.stdin is None or process.stdout is None:
             return ""
@@ -81,7 +81,7 @@ class Worker:
             self._process.kill()
 
     def _last_words(self, timeout: float) -> str:
-        """Why there was no answer: what the process died of, and the end of what it wrote to
+        """Describe why there was no answer: how the process ended, and the last lines of its
         standard error."""
         process, self._process = self._process, None
         status = process.wait() if process is not None else 0
@@ -112,7 +112,8 @@ class Worker:
 
 
 class Pool:
-    """Workers that stay for all that is asked of them; a context, at whose end none is left."""
+    """Pool of workers that are kept for all tasks. A context manager: at its end all workers are
+    stopped."""
 
     def __init__(self, jobs: int) -> None:
         self._workers = [Worker() for _ in range(max(1, jobs))]
@@ -129,7 +130,8 @@ class Pool:
     def answers(
         self, tasks: Sequence[Task], timeout: float, alone: bool = False
     ) -> Iterator[tuple[Task, dict[str, Any]]]:
-        """(task, answer) of all tasks as they come; `alone`: one after the other."""
+        """Yield (task, answer) of all tasks, as answers arrive. With `alone`, run one task at a
+        time."""
         waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[Task, dict[str, Any]]] = queue.SimpleQueue()
         for task in tasks:

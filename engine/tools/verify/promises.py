@@ -1,8 +1,8 @@
-"""What the engine promises, tried on a tiny model with random weights: each promise is a function
-of the device and returns a row.
+"""Promises of the engine, checked on a tiny model with random weights. Each promise is a function
+that takes the device and returns a row of the report.
 
-A row: "state" ("ok", "FAIL", "refused"), "error_over_bound", and "why" where something is wrong.
-The reference is the same engine on the CPU with every op on its torch implementation.
+A row has "state" ("ok", "FAIL", "refused"), "error_over_bound", and "why", the list of faults. The
+reference is the same engine on the CPU with every op on its torch implementation.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 def prompts() -> list[list[int]]:
-    """Twelve, of 1 to 45 tokens."""
+    """Return twelve prompts of 1 to 45 tokens."""
     draw = torch.Generator().manual_seed(0)
     return [[1, *torch.randint(3, 97, (4 * i,), generator=draw).tolist()] for i in range(12)]
 
@@ -70,19 +70,18 @@ def make(
     cache: CacheConfig = ROOMY,
     strict: bool = False,
 ) -> HybridActor:
-    """An actor with the same weights on every device."""
+    """Make an actor; its weights are the same on every device."""
     decoder = Decoder.random(model_config(CONFIG), seed=0).to(device=device, dtype=dtype)
     return HybridActor(decoder, cache=cache, strict=strict)
 
 
 def said(outs: Sequence[Sequence[Completion]]) -> list[list[int]]:
-    """The token ids of every completion, in order."""
+    """Return the token ids of every completion, in order."""
     return [completion.token_ids for completions in outs for completion in completions]
 
 
 def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
-    """Make a row of a report from a largest error and what is allowed, and from what must not
-    be."""
+    """Make a row of the report from the largest error, its bound, and a list of other faults."""
     over = error / bound if math.isfinite(error) else math.inf
     found = list(why) if over <= 1 else [*why, f"off by {error:.3g}, where {bound:.3g} is allowed"]
     return {
@@ -93,7 +92,7 @@ def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
 
 
 def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[str]:
-    """Say in words where two generations part."""
+    """Describe in words where two lists of completions differ; empty if they are equal."""
     if ours == theirs:
         return []
     index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
@@ -110,14 +109,14 @@ def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[st
 
 @functools.cache
 def reference() -> list[list[int]]:
-    """Greedy tokens on the CPU, of the torch implementations."""
+    """Generate greedy completions on the CPU with the torch implementations."""
     with use_impl("torch"):
         return said(make(CPU).generate(prompts(), GREEDY))
 
 
 # ---- generation ----------------------------------------------------------------------------------
 def greedy_tokens(device: torch.device) -> Row:
-    """Greedy completions on the device against the CPU's reference."""
+    """Check that greedy completions on the device equal the CPU's reference."""
     return row(
         why=apart(
             said(make(device).generate(prompts(), GREEDY)), reference(), "the CPU's reference"
@@ -126,7 +125,8 @@ def greedy_tokens(device: torch.device) -> Row:
 
 
 def more_requests_than_slots(device: torch.device) -> Row:
-    """A cache too small for all, with prefills in chunks and preemption, changes no draw."""
+    """Check that samples stay the same if the cache is too small for all requests, so that prompts
+    are read in chunks and sequences are preempted."""
     asked = prompts() + prompts()
     roomy, tight = (
         said(make(device, cache=cache).generate(asked, DRAWN)) for cache in (ROOMY, TIGHT)
@@ -135,8 +135,8 @@ def more_requests_than_slots(device: torch.device) -> Row:
 
 
 def captured_steps(device: torch.device) -> Row:
-    """A CUDA graph of a step does what the step does. On a CPU a capture returns the step itself:
-    what is tried is that its state is kept and refilled."""
+    """Check that a CUDA graph of a decoding step gives what the step gives. On a CPU a capture
+    returns the step itself, so there only the reuse of the step's state is checked."""
     step_itself = StepGraphs(lambda step, state: step)
     contestants = (
         (StepGraphs(CudaCapture(device)), step_itself)
@@ -160,7 +160,7 @@ def captured_steps(device: torch.device) -> Row:
 
 # ---- sampler and trainer -------------------------------------------------------------------------
 def one_logprob(device: torch.device, dtype: torch.dtype = torch.float32) -> Row:
-    """The trainer's log-probability of a token is the sampler's."""
+    """Check that trainer and sampler give a token the same log-probability, up to rounding."""
     actor = make(device, dtype)
     batch = PackedBatch.from_completions(prompts(), actor.generate(prompts(), DRAWN), device=device)
     off = (actor.score(batch).logp - batch.column("rollout_logp"))[batch.action_mask].abs()
@@ -177,7 +177,7 @@ def one_logprob(device: torch.device, dtype: torch.dtype = torch.float32) -> Row
 
 
 def strict_numerics(device: torch.device, dtype: torch.dtype = torch.float32) -> Row:
-    """The trainer's log-probability with strict=True is the sampler's to the last bit."""
+    """Check that with strict=True trainer and sampler give bitwise the same log-probabilities."""
     try:
         actor = make(device, dtype, TIGHT, strict=True)
     except ValueError as error:
@@ -193,7 +193,7 @@ def strict_numerics(device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 # ---- an update -----------------------------------------------------------------------------------
 def _batch(device: torch.device) -> PackedBatch:
-    """The reference's completions with advantages, on `device`: the same on every device."""
+    """Return a batch of the reference's completions with advantages, the same on every device."""
     batch = PackedBatch.from_sequences(zip(prompts(), reference(), strict=True))
     noise = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
     return batch.with_columns(
@@ -204,7 +204,7 @@ def _batch(device: torch.device) -> PackedBatch:
 def _loss(
     actor: HybridActor, batch: PackedBatch, old: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, log-probabilities) of a clipped policy loss, with the entropy in it."""
+    """Return (loss, log-probabilities) of a clipped policy loss that includes the entropy."""
     logp, entropy = actor.logprobs(batch, actor.forward(batch))
     loss, _ = policy_loss(
         logp,
@@ -225,8 +225,8 @@ def _gradients(actor: HybridActor, batch: PackedBatch) -> list[Tensor]:
 
 
 def ratios_are_one(device: torch.device) -> Row:
-    """The training forward of a batch says again, bit for bit, what scoring said before the first
-    step."""
+    """Check that the training forward of a batch gives bitwise the log-probabilities that scoring
+    gave before the first step."""
     actor, batch = make(device), _batch(device)
     old = actor.score(batch).logp
     differ = int((_loss(actor, batch, old)[1].detach() != old).sum())
@@ -234,7 +234,8 @@ def ratios_are_one(device: torch.device) -> Row:
 
 
 def gradient_of_an_update(device: torch.device) -> Row:
-    """The gradient of an update is the reference's, each parameter's within 1e-4 of its norm."""
+    """Check that each parameter's gradient of an update is within 1e-4 of its norm from the
+    reference's."""
     with use_impl("torch"):
         want = _gradients(make(CPU), _batch(CPU))
     got = [g.cpu() for g in _gradients(make(device), _batch(device))]
@@ -248,8 +249,8 @@ def gradient_of_an_update(device: torch.device) -> Row:
 
 
 def lent_cache(device: torch.device) -> Row:
-    """Training in the cache's memory has the same gradients to the bit, and generation goes on as
-    before."""
+    """Check that training in the cache's memory gives bitwise the same gradients, and that
+    generation afterwards is as before."""
     actor, batch = make(device), _batch(device)
     before, plain = said(actor.generate(prompts(), DRAWN)), _gradients(actor, batch)
     with actor.lend_cache() as arena:
@@ -266,8 +267,8 @@ def lent_cache(device: torch.device) -> Row:
 
 
 def optimizer_step(device: torch.device) -> Row:
-    """The actor samples from the new weights after a step, as an actor that was made of them does:
-    no prefix, no captured step of the old ones is left."""
+    """Check that after an optimizer step the actor generates the same as a new actor with these
+    weights: no cached prefix and no captured step of the old weights is left."""
     actor, batch = make(device), _batch(device)
     old = said(actor.generate(prompts(), DRAWN))
     optimizer = make_optimizer(actor.named_parameters(), lr=0.02)
@@ -283,7 +284,7 @@ def optimizer_step(device: torch.device) -> Row:
 
 
 def values_of_states(device: torch.device) -> Row:
-    """A value head says the same while it samples and while it scores."""
+    """Check that a value head gives the same values in sampling and in scoring, up to rounding."""
     actor = make(device)
     actor.value_head = ValueHead(CONFIG["hidden_size"], device=device)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -299,7 +300,7 @@ def values_of_states(device: torch.device) -> Row:
 
 
 def adapter(device: torch.device) -> Row:
-    """A fresh LoRA adapter changes nothing, and neither does one that is switched off."""
+    """Check that a fresh LoRA adapter changes nothing, nor does one that is switched off."""
     from fusedrl.engine.config import LoRAConfig
 
     actor = make(device)

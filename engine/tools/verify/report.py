@@ -1,5 +1,5 @@
-"""fusedrl verify: everything that this machine runs is tried, first for truth in parallel
-processes, then for time in one; a table and a verdict."""
+"""fusedrl verify: checks everything that this machine runs, first for correctness in parallel
+processes, then for speed in a single one, and prints a table and a verdict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Row = dict[str, Any]
 
 
 def default_jobs(device: torch.device) -> int:
-    """Return one job a processor; on a GPU at most eight, whose contexts take memory of it."""
+    """Return the number of jobs: one per processor; on a GPU at most eight, because each job takes
+    GPU memory."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -45,25 +46,25 @@ def verify_machine(
     catalogue: str = CATALOGUE,
     told: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Try every op x implementation of `device`, then the engine.
+    """Check every implementation of every op on `device`, then the engine.
 
     Args:
-        ops: these alone; None: all.
-        engine: its promises, too.
-        cases: drawn from the grid for each implementation.
-        full: the whole grid instead.
-        seed: of it.
-        jobs: processes at once.
-        timeout: seconds of one row.
+        ops: names of the ops to check; if None, all.
+        engine: whether to check the engine's promises, too.
+        cases: number of random cases for each implementation.
+        full: whether to run the whole grid instead.
+        seed: seed of the random cases.
+        jobs: number of parallel processes; if None, `default_jobs`.
+        timeout: time limit of one row in seconds.
         catalogue: the module whose CATALOGUE has the entries.
-        told: of each row as it comes.
+        told: function called with each row as soon as it is done.
     Returns:
         {"ok", "device", "machine", "rows": [...], "seconds"}, JSON values. Of a row: "what",
         "impl", "state" ("ok"; "FAIL"; "refused": it serves none of the cases; "absent": it cannot
         run here), "cases", "failed", "error_over_bound", "cases_with_moved_bits", "ms",
         "percent_of_ceiling", "timed", "why".
     Raises:
-        ConfigError: an op that is none, or fewer cases than 0.
+        ConfigError: an op is unknown, or `cases` is below 0.
     """
     if cases < 0:
         raise ConfigError(f"verify: expected cases >= 0, got {cases}")
@@ -84,7 +85,7 @@ def verify_machine(
     ]
     common: Task = {"device": str(device), "catalogue": catalogue}
     tried = [(entry, impl) for entry, impl in pairs if unavailable(impl, device.type) is None]
-    # what takes longest first
+    # start the longest tasks first
     tried.sort(key=lambda pair: (pair[1] != "triton", pair[1] != "torch", -cost_of(pair[0])))
     tasks = [
         common
@@ -128,8 +129,8 @@ def verify_machine(
 def _timed(
     pool: Pool, rows: dict[tuple[str, str], Row], common: Task, timeout: float
 ) -> dict[str, Any]:
-    """Adds time and share of the ceiling to what computes what it should; one at a time, alone on
-    the machine. Returns the machine and its ceilings."""
+    """Time every implementation that passed its checks, one at a time, and add the results to its
+    row. Return the machine and its ceilings."""
     ((_, machine),) = pool.answers([common | {"do": "machine"}], max(timeout, 120.0), alone=True)
     if "copy_gb_per_s" not in machine:
         return machine
@@ -153,7 +154,7 @@ def _timed(
 
 # ---- the table -----------------------------------------------------------------------------------
 def line_of(row: Row) -> str:
-    """One row of the table."""
+    """Format a row as a line of the table."""
 
     def number(key: str, form: str) -> str:
         value = row.get(key)
@@ -186,7 +187,8 @@ _HEAD = _FORM.format(
 
 
 def print_report(found: dict[str, Any]) -> None:
-    """The table, what was wrong, what was not tried, and the verdict, on standard output."""
+    """Print on standard output the table, the faults, the checks that were not run, and the
+    verdict."""
     rows, machine = found["rows"], found["machine"]
     print(_HEAD)
     for row in rows:
@@ -220,5 +222,5 @@ def print_report(found: dict[str, Any]) -> None:
 
 
 def tell(row: Row) -> None:
-    """One row on standard error as it comes, so that a long run shows where it is."""
+    """Print a row on standard error as soon as it is done, so that a long run shows progress."""
     print(line_of(row), file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""A process that tries what it is told: one JSON line in, one JSON line out, until its input ends.
-`python -m fusedrl.engine.tools.verify.worker`
+"""Worker process that runs checks: it reads one task per JSON line and writes one answer per JSON
+line, until its input ends. `python -m fusedrl.engine.tools.verify.worker`
 
-It has a process of its own so that a kernel that crashes, hangs or spoils the GPU's context takes
-nothing else with it. What anyone prints goes to standard error; the answers alone go to standard
-output.
+Checks run in separate processes, so that a kernel that crashes, hangs or spoils the GPU's context
+does not stop the other checks. Anything that is printed goes to standard error; only answers go to
+standard output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusedrl.engine.tools.verify.ops import lost, time_op, try_op
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """Do a task and return what came of it. Its "do": "op", "time", "promise" or "machine"."""
+    """Do a task and return the result. Its "do" is "op", "time", "promise" or "machine"."""
     device = torch.device(task["device"])
     if task["do"] == "machine":
         return describe_machine(device) | {
@@ -42,8 +42,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(tasks: IO[str], answers: IO[str]) -> None:
-    """Say that it has begun, then answer every task in turn; after an error that spoils the GPU's
-    context, end."""
+    """Write a first line to report the start, then answer every task in turn. End after an error
+    that spoils the GPU's context."""
     answers.write("{}\n")
     answers.flush()
     for line in tasks:

@@ -1,5 +1,5 @@
-"""Every public op of fusedrl.kernels: its inputs, its definition, its bounds. The grid, the
-properties and the contract are tested over this table.
+"""Catalogue of every public op of fusedrl.kernels: its inputs, its definition, its bounds. The
+tests of the grid, of properties and of the numerical contract run over this table.
 
 To add an op, write its definition in ../definitions, one function that makes its inputs and one
 `Entry`; `tests/kernels/test_contract.py` fails until every `Implementations` table has one:
@@ -23,9 +23,9 @@ To add an op, write its definition in ../definitions, one function that makes it
         timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},
     )
 
-Where an op is held to what rounding costs and not to a number, `no_worse` makes the bounds. Bounds
-that are wider than the numerical contract, or that it does not name, say why where they stand, with
-the measured error.
+If an op's bound is the error of rounding, not a fixed number, `no_worse` makes the bounds. If a
+bound is wider than the numerical contract, or not in it, a comment next to the bound gives the
+reason and the measured error.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ CATALOGUE = {
 
 
 def pairs(device: torch.device | str = "cpu") -> list[tuple[str, str]]:
-    """(op, implementation) of all that can run on `device`."""
+    """List (op, implementation) of all that can run on `device`."""
     return [(op, impl) for op, entry in CATALOGUE.items() for impl in entry.implementations(device)]

@@ -25,7 +25,8 @@ PADDED = ((3, 7), (2, 0), (0, 5), (1, 127), (3, 129), (2, 32768))  # [B, T]
 def _sequences(
     case: SimpleNamespace, generator: torch.Generator
 ) -> tuple[list[int], list[int] | None, Tensor]:
-    """(lengths, [B, T] of the padded form or None, mask [N])."""
+    """Return the lengths of a case's sequences, the padded shape [B, T] or None if packed, and a
+    mask [N]."""
     padded = list(case.shape[1]) if case.shape[0] == "padded" else None
     lengths = [padded[1]] * padded[0] if padded else list(case.shape[1])
     return lengths, padded, token_mask(case.mask, lengths, generator)
@@ -80,8 +81,8 @@ def _gae_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
 
 
 def _sequential_error(problem: Problem) -> float:
-    """Largest error of the recurrence as a float32 loop, one token after another: what lambda 1 is
-    measured by."""
+    """Return the largest error of the recurrence as a sequential float32 loop. It sets the bound
+    for lambda 1."""
     x, gamma, lam = problem.x, problem.settings["gamma"], problem.settings["lam"]
     mask, worst = x["mask"].reshape(-1).tolist(), 0.0
     rewards, values = (
@@ -108,8 +109,8 @@ def _sequential_error(problem: Problem) -> float:
 
 
 def _gae_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    """Contract: atol 2e-5, rtol 1e-5 up to lambda .95, for values of size 1; at lambda 1 twice the
-    error of a sequential float32 loop."""
+    """Return the contract's bounds: atol 2e-5, rtol 1e-5 up to lambda .95, for values of size 1; at
+    lambda 1 twice the error of a sequential float32 loop."""
     x = problem.x
     size = max(
         [1.0]

@@ -16,15 +16,15 @@ from .common import BF16, FLOATS, floats, laid_out, no_worse, peer_of, uniform
 
 
 def _caches(blocks: int, heads: int, D: int, S: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(k_cache, v_cache), of NaN."""
+    """Return (k_cache, v_cache) filled with NaN."""
     return torch.full((blocks, heads, D, S), math.nan, dtype=dtype), torch.full(
         (blocks, heads, S, D), math.nan, dtype=dtype
     )
 
 
 def _paged_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
-    """Blocks dealt out at random; what no row needs, of the table, of the caches and behind a row's
-    last position, is wild."""
+    """Make a problem whose blocks are assigned at random. Entries of the table and the caches that
+    no row needs, also after a row's last position, hold invalid values."""
     B, (Hq, Hkv, D), S = len(case.lengths), case.heads, case.size
     needed = [-(-n // S) for n in case.lengths]
     k_cache, v_cache = _caches(sum(needed) + 2, Hkv, D, S, case.dtype)
@@ -49,7 +49,7 @@ def _paged_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem
 
 
 def _paged_work(problem: Problem, got: Tensors) -> tuple[int, int]:
-    """The keys and values of what is seen are read once for all query heads."""
+    """Count the work: keys and values that are attended to are read once for all query heads."""
     _, heads, D, _ = problem.x["k_cache"].shape
     tokens = int(problem.x["context_lens"].sum())
     return 2 * tokens * heads * D * problem.x["k_cache"].element_size() + 2 * problem.x[
@@ -119,7 +119,7 @@ def _rope_and_cache_problem(case: SimpleNamespace, generator: torch.Generator) -
 
 
 def _rope_and_cache(x: dict, s: dict, impl: str | None) -> Tensors:
-    """Also the caches: what was not written is still NaN."""
+    """Run the op; return also the caches, to check that unwritten slots are still NaN."""
     return {
         "q": kv_cache.rope_and_cache(**x, **s, impl=impl),
         "k_cache": x["k_cache"],

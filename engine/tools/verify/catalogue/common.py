@@ -1,5 +1,5 @@
-"""What the entries of the catalogue share: numbers, layouts, masks, and bounds that are torch's own
-error."""
+"""Helpers that the catalogue's entries share: numbers, layouts, masks, and bounds made from the
+error of rounding."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ PERIOD = 11  # rows that differ; odd, so that no tile holds whole periods
 
 
 def floats(generator: torch.Generator, *shape: int, dtype: torch.dtype = F32) -> Tensor:
-    """Normal numbers in float32, rounded to the dtype."""
+    """Draw normal numbers in float32 and round them to the dtype."""
     return torch.randn(shape, generator=generator).to(dtype)
 
 
 def uniform(generator: torch.Generator, *shape: int) -> Tensor:
-    """Numbers in [0, 1)."""
+    """Draw numbers in [0, 1)."""
     return torch.rand(shape, generator=generator)
 
 
 def repeat(t: Tensor, N: int) -> Tensor:
-    """Rows 0 ... period - 1, 0 ... of t [period, ...], N of them."""
+    """Repeat the rows of t [period, ...] in order until there are N rows."""
     return t[:N].clone() if t.shape[0] >= N else t[torch.arange(N) % t.shape[0]]
 
 
 # ---- layouts: NaN around what is handed over -----------------------------------------------------
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same values in another layout; what surrounds them is NaN, so that reading it shows and
-    writing it is seen."""
+    """Return the same values in another memory layout. The memory around them is NaN, so that
+    reading or writing it by mistake is found."""
     if layout == "plain":
         return t
     if layout == "padded":  # of the last dimension
@@ -55,7 +55,7 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 # ---- masks and bounds ----------------------------------------------------------------------------
 def token_mask(kind: str, lengths: list[int], generator: torch.Generator) -> Tensor:
-    """A mask over the sequences laid end to end."""
+    """Make a mask over the tokens of all sequences, one after another."""
     parts = []
     for length in lengths:
         part = torch.zeros(length, dtype=torch.bool)
@@ -80,8 +80,8 @@ def no_worse(
     roundings: float = 1.0,
     factor: float = 1.0,
 ) -> dict[str, Bound]:
-    """Bounds of an op that is held to what rounding costs: `factor` times the largest error of
-    `peer`, and a few roundings of the largest value."""
+    """Make bounds from the error of rounding: `factor` times the largest error of `peer`, plus a
+    few roundings of the largest value."""
     bounds = {}
     for name, expected in want.items():
         if expected.numel() == 0:
@@ -101,7 +101,8 @@ def no_worse(
 
 
 def peer_of(entry: Entry, problem: Problem, dtype: torch.dtype | dict[str, torch.dtype]) -> Tensors:
-    """The definition in float32, rounded once to the dtype of the results, or of each by name."""
+    """Compute the definition in float32, and round each result once to `dtype` (one dtype, or one
+    for each name)."""
     got = oracle(entry, problem, torch.float32)
     return {
         name: t.to(dtype[name] if isinstance(dtype, dict) else dtype) for name, t in got.items()

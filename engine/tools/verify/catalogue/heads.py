@@ -1,5 +1,4 @@
-"""Ops that take hidden states through a head: linear_logprob, linear_full_kl,
-linear_policy_loss."""
+"""Ops that apply a head to hidden states: linear_logprob, linear_full_kl, linear_policy_loss."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ from .rows import csr
 
 # ---- heads ---------------------------------------------------------------------------------------
 def _head(case: SimpleNamespace, generator: torch.Generator) -> tuple[dict, dict, Tensor]:
-    """(tensors, settings, which rows count) that the three linear ops share."""
+    """Return the tensors and settings that the three linear ops share, and a mask of the live
+    rows."""
     N, H, V, dtype = case.N, case.H, case.V, case.dtype
     hidden, weight = floats(generator, N, H), 2 * floats(generator, V, H) / math.sqrt(H)
     live = uniform(generator, N) < {"all": 2.0, "random": 0.7, "none": -1.0}[case.mask]
@@ -48,14 +48,15 @@ def _head(case: SimpleNamespace, generator: torch.Generator) -> tuple[dict, dict
 
 
 def _spread(problem: Problem) -> float:
-    """Largest logit in size, which the products' rounding scales with."""
+    """Return the largest absolute logit; the products' rounding error is proportional to it."""
     hidden, weight = problem.x["hidden"].float().nan_to_num(), problem.x["weight"].float()
     return max(1.0, float((hidden @ weight.t()).abs().max())) if hidden.numel() else 1.0
 
 
 def _head_bounds(problem: Problem, want: Tensors, per_row: tuple[str, ...]) -> dict[str, Bound]:
-    """Contract: atol 1e-5 max |z|, rtol 1e-5 sqrt(H / 1024). Narrow inputs are widened before the
-    products, so float32's bounds hold for the outputs, and gradients are that plus one rounding."""
+    """Return the contract's bounds: atol 1e-5 max |z|, rtol 1e-5 sqrt(H / 1024). Narrow inputs are
+    widened before the products, so outputs have float32's bounds, and gradients those plus one
+    rounding."""
     H, dtype = problem.x["hidden"].shape[1], problem.x["hidden"].dtype
     atol, rtol = 1e-5 * _spread(problem), 1e-5 * max(1.0, math.sqrt(H / 1024))
     bounds = {name: Bound(rtol, atol) for name in per_row}
@@ -99,7 +100,8 @@ _TIMED_HEAD = {
 
 
 def _head_work(problem: Problem, got: Tensors) -> tuple[int, int]:
-    """The products: the policy's forward and twice that back, a reference's forward."""
+    """Count the products: the policy's forward, twice as much for its backward, and the reference's
+    forward."""
     (N, H), V = problem.x["hidden"].shape, problem.x["weight"].shape[0]
     moved = sum(
         problem.x[name].nbytes
@@ -251,8 +253,8 @@ def _linear_policy_definition(x: dict, s: dict) -> Tensors:
 
 
 def _linear_policy_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    """Those of the heads; the coefficients of the gradient multiply them by the advantages, and the
-    loss is a sum over rows."""
+    """Return the heads' bounds, scaled: the gradient's coefficients multiply errors by the
+    advantages, and the loss is a sum over rows."""
     advantages, dtype = problem.x["advantages"].nan_to_num(), problem.x["hidden"].dtype
     size = 1.0 + (float(advantages.abs().max()) if advantages.numel() else 0.0)
     atol = 2e-5 * _spread(problem) * size

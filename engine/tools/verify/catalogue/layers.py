@@ -47,8 +47,8 @@ def _rms_norm_definition(x: dict, s: dict) -> Tensors:
 
 
 def _rms_norm_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    """A single value is its own rms: its gradient is nothing but what cancels. The weight's is a
-    float32 sum over rows of terms of size 1."""
+    """Return the bounds. With a single value per row, the terms of its gradient cancel, so only
+    their rounding is left. The weight's gradient is a float32 sum over rows of terms of size 1."""
     bounds = no_worse(
         problem,
         want,
@@ -159,7 +159,7 @@ SWIGLU = Entry(
     ),
     wants=("gate_up",),
     triton={"N": (5, 0, 1, 9)},
-    # their products leave float16
+    # their products overflow float16
     cost=lambda case: case.N * case.F,
     fits=lambda case: case.dtype != F16 or case.size < 100,
     timed={"cpu": {"N": 2048, "F": 4864}, "cuda": {"N": 16384, "F": 8192, "dtype": BF16}},
@@ -195,7 +195,7 @@ ACTIVATE_ROWS = Entry(
     cost=lambda case: case.N * case.F,
     fits=lambda case: case.dtype != F16 or case.size < 100,
     timed={"cuda": {"N": 16384, "F": 8192, "dtype": BF16}},
-)  # their products leave float16
+)  # their products overflow float16
 
 
 def _attention_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -213,7 +213,8 @@ def _attention_problem(case: SimpleNamespace, generator: torch.Generator) -> Pro
 
 
 def _attention_work(problem: Problem, got: Tensors) -> tuple[int, int]:
-    """Of a causal attention: two products of the pairs that are seen, and five in the backward."""
+    """Count the work of a causal attention: two products for each pair of positions that attend,
+    and five in the backward."""
     _, Hq, D = problem.x["q"].shape
     seen = sum(n * (n + 1) // 2 for n in problem.x["cu_seqlens"].diff().tolist())
     return sum(problem.x[name].nbytes for name in "qkv") + sum(
@@ -237,8 +238,8 @@ VARLEN_ATTENTION = Entry(
     definition=lambda x, s: {
         "o": definitions.varlen_attention(**x, causal=s["causal"], window=s["window"])
     },
-    # Largest value of 8 at the least: where a token sees itself alone the gradients of q and k are
-    # 0, and what cancels there leaves its rounding.
+    # Count the largest value as at least 8: if a token attends only to itself, the gradients of q
+    # and k are 0, but terms that cancel leave their rounding.
     bounds=lambda problem, want: no_worse(
         problem, want, peer_of(VARLEN_ATTENTION, problem, problem.x["q"].dtype), 8.0, 2.0, 2.0
     ),
@@ -277,8 +278,8 @@ FIXED_LINEAR = Entry(
     _linear_problem,
     forward=lambda x, s, impl: {"y": fixed_linear.fixed_linear(**x, impl=impl)},
     definition=lambda x, s: {"y": definitions.linear(x["x"], x["weight"], x.get("bias"))},
-    # A row alone BLAS sums in many parts, and hardly errs; C++ keeps its one order: K roundings,
-    # each of half an eps.
+    # For a single row, BLAS sums in many parts and has little error; C++ always sums in the same
+    # order: K roundings, each of half an eps.
     bounds=lambda problem, want: {
         "y": Bound(
             0.0,
@@ -405,7 +406,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
 def _adapter(
     rand: Callable[..., Tensor], q: int, kv: int, H: int, F: int, up: int, L: int
 ) -> step.Adapter:
-    """Of q, v, the output, the upper half of up, and down."""
+    """Make an adapter of q, v, the output, the upper half of up, and down."""
     slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, up - F, F), (3, 0, H))
     adapters = tuple(
         (
@@ -430,9 +431,9 @@ def _decode_inputs(
     V: int,
     S: int,
 ) -> Tensors:
-    """The tokens of a step and the paged cache that they are written to."""
-    # Every sequence from its first position, its tokens in one call; blocks dealt out at random,
-    # the rest of the table and of the cache wild.
+    """Make the tokens of a step and the paged cache that the step writes to."""
+    # Every sequence starts at its first position, with all its tokens in one call. Blocks are
+    # assigned at random; the rest of the table and of the cache holds invalid values.
     positions = (
         torch.cat([torch.arange(n) for n in case.lengths])
         if case.lengths
@@ -462,7 +463,7 @@ def _decode_inputs(
 
 
 def _decode(x: dict, s: dict, impl: str | None) -> Tensors:
-    """Also the caches: what was not written is still NaN."""
+    """Run the op; return also the caches, to check that unwritten slots are still NaN."""
     return {
         "hidden": step.decode_step(s["weights"], **x, impl=impl),
         "k_cache": x["k_cache"],
@@ -471,8 +472,9 @@ def _decode(x: dict, s: dict, impl: str | None) -> Tensors:
 
 
 def _decode_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    """Twice what rounding costs; three times where nothing but what attention and the MLP add is
-    normalised, however little that is (1.1 times the bound of twice in one case of the grid)."""
+    """Return bounds of twice the error of rounding, or three times if only the outputs of attention
+    and MLP are normalised, which may be tiny (one case of the grid has 1.1 times the bound of
+    twice)."""
     behind = problem.settings["weights"].layers[0].input_norm is None
     dtypes = {
         "hidden": problem.settings["weights"].embedding.dtype,

@@ -39,8 +39,8 @@ CORRECTIONS = (
 def token_columns(
     case: SimpleNamespace, generator: torch.Generator, logp: Tensor | None = None
 ) -> tuple[dict, Tensor]:
-    """[N] columns of a policy loss with NaN where the weight is 0, and which tokens are live.
-    Ratios keep clear of the bounds, where rounding decides."""
+    """Make the per-token tensors [N] of a policy loss, NaN where the weight is 0, and a mask of the
+    live tokens. Ratios keep away from the clip bounds, where rounding would decide the result."""
     N = case.N
     live = token_mask(case.mask, [N], generator)
     weights = torch.where(live, 0.5 + uniform(generator, N), 0.0)
@@ -97,7 +97,8 @@ TIMED_TOKENS = {"cpu": {"N": 1 << 18, "mask": "all"}, "cuda": {"N": 1 << 22, "ma
 
 
 def policy_settings(case: SimpleNamespace, x: dict) -> dict:
-    """The settings of a case of the policy loss; removes from x what it does not take."""
+    """Return the settings of a case of the policy loss, and remove tensors that the case does not
+    use from x."""
     settings: dict[str, object] = {
         "objective": OBJECTIVES[case.objective],
         "entropy_coef": case.entropy_coef,
@@ -120,7 +121,7 @@ def _policy_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
 
 
 def stats_of(loss: Tensor, *stats: tuple) -> Tensors:
-    """The loss and each statistic by name, from an op's named tuples."""
+    """Return the loss and each statistic by name, from an op's named tuples."""
     return {"loss": loss} | {
         f"{i}.{name}": t for i, group in enumerate(stats) for name, t in group._asdict().items()
     }
@@ -133,7 +134,7 @@ def _policy(x: dict, s: dict, impl: str | None) -> Tensors:
 
 
 def defined_stats(loss: Tensor, *stats: Tensors) -> Tensors:
-    """The same names, from a definition's dictionaries."""
+    """Return the loss and each statistic by name, from a definition's dictionaries."""
     return {"loss": loss} | {
         f"{i}.{name}": t for i, group in enumerate(stats) for name, t in group.items()
     }
@@ -144,8 +145,8 @@ def _policy_definition(x: dict, s: dict) -> Tensors:
 
 
 def _scale_of_terms(problem: Problem) -> float:
-    """Sum over tokens of |weight| max(1, |term|): the loss is a sum whose terms cancel, each of
-    which carries a relative error."""
+    """Return the sum over tokens of |weight| max(1, |term|). The loss's terms may cancel, but each
+    has a relative error, so the bound is relative to this sum."""
     x, live = problem.x, problem.x["weights"] != 0
     A, w = x["advantages"][live].double().abs(), x["weights"][live].double().abs()
     d = (x["logp"] - x["old_logp"])[live].double().clamp(-20, 20)
@@ -202,8 +203,8 @@ POLICY_LOSS = Entry(
 
 def _value_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     live = token_mask(case.mask, [case.N], generator)
-    # Clear of the clip and of the point where both squares are alike: there rounding picks the
-    # branch.
+    # Keep away from the clip bounds and from the point where both squares are equal: there rounding
+    # decides the branch.
     moved, target = 0.4 * floats(generator, case.N), floats(generator, case.N)
     moved = torch.where((moved.abs() - 0.2).abs() < 1e-3, moved * 1.02, moved)
     target = torch.where(
@@ -222,8 +223,8 @@ def _value_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
     total = float(want["loss"].abs())
     x, live = problem.x, problem.x["weights"] != 0
     size = float(x["returns"][live].double().abs().max()) if bool(live.any()) else 1.0
-    # Old value + clip is rounded to float32, of the size of the values: what the squared error of a
-    # clipped one carries along.
+    # Old value + clip is rounded to float32, relative to the size of the values; the squared error
+    # of a clipped value includes that rounding.
     clip = problem.settings.get("clip", problem.settings.get("value_clip"))
     rounded = (
         0.0

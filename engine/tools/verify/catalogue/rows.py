@@ -1,4 +1,5 @@
-"""Ops on rows of logits: logprob, logprob_, full_kl, sample, and advance_rows_ behind them."""
+"""Ops on rows of logits: logprob, logprob_, full_kl, sample; and advance_rows_, the end of a
+decoding step."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ LOGITS = (
 
 
 def logits_of(kind: str, R: int, V: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """[R, V]. Where most are -inf, one column a row is not, and another row is -inf altogether."""
+    """Make logits [R, V] of a kind. In a "-inf" kind, one column is finite in every row but one,
+    which is -inf throughout."""
     z = floats(generator, R, V)
     if kind.startswith("sd"):
         z = z * float(kind[3:])
@@ -54,8 +56,8 @@ def logits_of(kind: str, R: int, V: int, dtype: torch.dtype, generator: torch.Ge
 
 
 def _row_case(case: SimpleNamespace) -> bool:
-    """What fits into 3 GiB and some seconds. At N = 4096 the large vocabulary comes as one row for
-    all (no gradient: it would be 2 GiB)."""
+    """Whether a case fits into 3 GiB and some seconds. At N = 4096 large vocabularies are tested
+    with one row repeated, and the largest without a gradient, which would be 2 GiB."""
     if case.N == 4096:
         return case.dtype == BF16 and (
             case.V <= 1025
@@ -65,7 +67,7 @@ def _row_case(case: SimpleNamespace) -> bool:
                 and not (case.grad and case.V > 32000)
             )
         )
-    # a few rows of many blocks: seconds under the interpreter
+    # a few rows of many blocks take seconds under the interpreter
     return not (5 <= case.N <= 9 and case.V > 32000) and case.N * case.V <= 1 << 25
 
 
@@ -128,12 +130,12 @@ def _logprob_problem(case: SimpleNamespace, generator: torch.Generator) -> Probl
 
 
 def _not_kept(kept_NV: Tensor) -> Tensor:
-    """What truncation removed: nothing in rows that list nothing."""
+    """Return a mask of the tokens that truncation removed; none in rows that list no kept token."""
     return ~kept_NV & kept_NV.any(-1, keepdim=True)
 
 
 def csr(kept_NV: Tensor) -> Kept:
-    """The CSR of a bool mask."""
+    """Convert a bool mask to CSR form (the column numbers of each row, one row after another)."""
     return Kept(
         kept_NV.nonzero()[:, 1].int(), torch.nn.functional.pad(kept_NV.sum(-1).cumsum(0), (1, 0))
     )
@@ -256,7 +258,7 @@ def _full_kl_problem(case: SimpleNamespace, generator: torch.Generator) -> Probl
     mask = uniform(generator, R) < 0.7 if case.masked and case.layout != "expanded" else None
     if mask is not None:
         z, x = z.masked_fill(~mask[:, None], math.nan), x.masked_fill(~mask[:, None], math.nan)
-    # what 0 times the NaN of a row with +inf is, nobody promises
+    # the result of 0 times the NaN of a row with +inf is not specified
     if R > 4 and bool((x[R - 1] < math.inf).all()):
         g[R - 1] = 0.0
     if case.layout == "expanded":

@@ -1,17 +1,18 @@
-"""What every op computes, written down a second time from the mathematics: `fusedrl verify`
-measures by it.
+"""Definitions of every op, written a second time from the mathematics: `fusedrl verify` compares
+all implementations with them.
 
-Nothing here shares code with fusedrl.kernels, whose torch implementations are measured like all
-others: plain loops over sequences, rows and tokens, and elementary operations. A definition is slow
-and wants no speed. Arguments are those of the op, in float64; of a description such as a
-PolicyObjective only the fields are read. Gradients come by autograd. Where an op promises a slope
-that is not its value's (the KL terms), the definition states that slope in a formula.
+Definitions share no code with fusedrl.kernels, not even with its torch implementations, which are
+checked like the rest. They are plain loops over sequences, rows and tokens, and elementary
+operations, and need not be fast. Arguments are those of the op, in float64. Of a description such
+as a PolicyObjective, only the fields are read. Gradients come from autograd. If an op promises a
+gradient that is not the derivative of its value (the KL terms), the definition has a formula for
+that gradient.
 
-Dtypes    the layers compute in the dtype of their arguments: in float32 they show what rounding
-          alone costs.
-Masks     what a mask hides is never read into anything: a definition picks what counts.
-Shapes    N tokens of sequences that cu_seqlens [B + 1] bounds, or N rows; V vocabulary, H hidden, D
-          head dim.
+Dtypes    Layers compute in the dtype of their arguments: in float32 they show the error of rounding
+          alone.
+Masks     Masked values are never read: a definition selects the unmasked ones.
+Shapes    N is the tokens of sequences with bounds cu_seqlens [B + 1], or N rows; V vocabulary, H
+          hidden, D head dim.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Advantages, normalisation and rankings by definition: loops over sequences, groups and pairs."""
+"""Definitions of advantages, normalisation and ranking losses: loops over sequences, groups and
+pairs."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ WHITEN_EPS, GROUP_EPS = 1e-8, 1e-6
 
 # ---- advantages: loops over the live tokens of each sequence -------------------------------------
 def _live_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> list[list[int]]:
-    """Of each sequence the places of its unmasked tokens in the flattened batch; a row, without
-    cu_seqlens."""
+    """List for each sequence the positions of its unmasked tokens in the flattened batch. Without
+    cu_seqlens, each row is a sequence."""
     bounds = (
         [b * mask.shape[1] for b in range(mask.shape[0] + 1)]
         if cu_seqlens is None
@@ -46,8 +47,8 @@ def gae(
     lam: float,
     last_values: Tensor | None,
 ) -> Columns:
-    """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1}. Schulman et al.
-    (2016), eq. 16."""
+    """Compute delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}. Schulman
+    et al. (2016), eq. 16."""
     r, v = numbers(rewards), numbers(values)
     advantages, returns = [0.0] * len(r), [0.0] * len(r)
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
@@ -66,8 +67,8 @@ def discounted_returns(
     gamma: float,
     last_values: Tensor | None,
 ) -> Tensor:
-    """G_t = r_t + gamma G_{t+1}, behind the last token the last value. Sutton and Barto (2018), eq.
-    3.9."""
+    """Compute G_t = r_t + gamma G_{t+1}; after the last token, G is the last value. Sutton and
+    Barto (2018), eq. 3.9."""
     r = numbers(rewards)
     returns = [0.0] * len(r)
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
@@ -86,10 +87,10 @@ def k_step_advantages(
     gamma: float,
     last_values: Tensor | None,
 ) -> Columns:
-    """A_t = sum of gamma^i delta_{t+i} over k steps, or as many as are left. Schulman et al.
-    (2016), eq. 14.
+    """Compute A_t = sum of gamma^i delta_{t+i} over k steps, or over the steps that are left if
+    they are fewer. Schulman et al. (2016), eq. 14.
 
-    One step of the sum at a time, for all tokens of a sequence at once."""
+    The loop adds one step of the sum at a time, for all tokens of a sequence at once."""
     r, v = np.array(numbers(rewards)), np.array(numbers(values))
     advantages, returns = np.zeros(len(r)), np.zeros(len(r))
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
@@ -124,8 +125,8 @@ def shaped_gae(
     whiten: bool,
     whiten_unbiased: bool,
 ) -> Columns:
-    """GAE, then whitened, of r_t = token_rewards_t - kl_coef KL_t, plus the clipped score at a
-    sequence's last token.
+    """Compute whitened GAE of the rewards r_t = token_rewards_t - kl_coef KL_t, plus the clipped
+    score at a sequence's last token.
 
     Ziegler et al. (2019), eq. 2."""
     lp, ref = numbers(logp), numbers(ref_logp)
@@ -151,8 +152,8 @@ def shaped_gae(
 
 # ---- normalisation -------------------------------------------------------------------------------
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over what the mask shows, plus the mean if it is to
-    stay."""
+    """Compute (x - mean) / sqrt(variance + eps) over the unmasked values; without `shift_mean`, add
+    the mean again."""
     all_of, live = numbers(x), mask.reshape(-1).tolist()
     shown = [value for value, seen in zip(all_of, live, strict=True) if seen]
     mean, scale = mean_of(shown), math.sqrt(variance_of(shown, unbiased) + WHITEN_EPS)
@@ -167,10 +168,11 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> 
 
 
 def group_normalize(scores: Tensor, group_ids: list[int], method: str, unbiased: bool) -> Columns:
-    """Advantages within groups.
+    """Compute advantages within groups.
 
     "grpo": Shao et al. (2024). "dr_grpo": Liu et al. (2025). "rloo": Kool et al. (2019). "batch":
-    grpo, but over the spread of all scores. A group of one value gets 0, but for "none"."""
+    grpo, but divided by the spread of all scores. A group of one value gets 0, except with
+    "none"."""
     of_all = numbers(scores)
     spread_of_all = math.sqrt(variance_of(of_all, unbiased))
     groups: dict[int, list[int]] = {}
@@ -198,12 +200,12 @@ def group_normalize(scores: Tensor, group_ids: list[int], method: str, unbiased:
 
 # ---- rankings ------------------------------------------------------------------------------------
 def _log_loss(d: Tensor) -> Tensor:
-    """-log sigmoid(d) = log(1 + e^-d)."""
+    """Compute -log sigmoid(d) = log(1 + e^-d)."""
     return torch.logaddexp(torch.zeros_like(d), -d)
 
 
 def pairwise_ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None) -> Tensor:
-    """The mean of -log sigmoid(chosen - rejected - margin).
+    """Compute the mean of -log sigmoid(chosen - rejected - margin).
 
     Bradley and Terry (1952); the margin: Touvron et al. (2023), Llama 2, eq. 2."""
     return _log_loss(
@@ -212,8 +214,8 @@ def pairwise_ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | Non
 
 
 def kwise_ranking_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
-    """Mean over prompts of the mean over their pairs of -log sigmoid(better - worse). Ouyang et al.
-    (2022), eq. 1."""
+    """Average -log sigmoid(better - worse) over the pairs of each prompt, then over prompts. Ouyang
+    et al. (2022), eq. 1."""
     bounds, means = cu_groups.tolist(), []
     for start, end in pairwise(bounds):
         rank = ranks[start:end].tolist()

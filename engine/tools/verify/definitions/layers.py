@@ -1,4 +1,4 @@
-"""Layers and the decoder by definition: matrix products, a softmax and a rotation by hand."""
+"""Definitions of the layers and the decoder: matrix products, softmax and rotation written out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HEAD_NORM_EPS = 1e-6
 
 # ---- layers --------------------------------------------------------------------------------------
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """(offset + weight) x / sqrt(mean of x^2 + eps). Zhang and Sennrich (2019), eq. 4."""
+    """Compute (offset + weight) x / sqrt(mean of x^2 + eps). Zhang and Sennrich (2019), eq. 4."""
     return (offset + weight) * (x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """weight (x - mean) / sqrt(variance + eps) + bias. Ba, Kiros and Hinton (2016)."""
+    """Compute weight (x - mean) / sqrt(variance + eps) + bias. Ba, Kiros and Hinton (2016)."""
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
     return (
         weight
@@ -31,8 +31,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x[i], x[i + P]) of each head as complex numbers, times cos + i sin [N, P]; what is
-    behind 2 P stays.
+    """Rotate the pairs (x[i], x[i + P]) of each head: as complex numbers, times cos + i sin [N, P].
+    Dimensions from 2 P on stay the same.
 
     Su et al. (2021), eq. 34, in the layout of GPT-NeoX."""
     P = cos.shape[-1]
@@ -41,8 +41,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def activation(x: Tensor, name: str) -> Tensor:
-    """silu x sigmoid(x); gelu x Phi(x); gelu_tanh its approximation. Hendrycks and Gimpel
-    (2016)."""
+    """Apply an activation: silu x sigmoid(x), gelu x Phi(x), or gelu_tanh, its approximation.
+    Hendrycks and Gimpel (2016)."""
     if name == "silu":
         return x * torch.sigmoid(x)
     if name == "gelu":
@@ -51,22 +51,22 @@ def activation(x: Tensor, name: str) -> Tensor:
 
 
 def mlp_hidden(x: Tensor, name: str, gated: bool) -> Tensor:
-    """activation(gate) up, the gates before the ups; or the activation alone. Shazeer (2020), eq.
-    6."""
+    """Compute activation(gate) up, where x holds the gates before the ups; if not gated,
+    activation(x). Shazeer (2020), eq. 6."""
     half = x.shape[-1] // 2
     return activation(x[..., :half], name) * x[..., half:] if gated else activation(x, name)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b."""
+    """Compute x W^T + b."""
     return x @ weight.T if bias is None else x @ weight.T + bias
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """softmax(scale q . k) v, q [T, Hq, D] over the k [U, Hkv, D] it sees [T, U]. Vaswani et al.
-    (2017), eq. 1."""
+    """Compute softmax(scale q . k) v for q [T, Hq, D] and k [U, Hkv, D]; the mask [T, U] says which
+    k each q attends to. Vaswani et al. (2017), eq. 1."""
     # each query head's key/value head
     own = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     scores = scale * torch.einsum("thd,uhd->htu", q, k[:, own])
@@ -79,7 +79,7 @@ def _attend(
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None
 ) -> Tensor:
-    """Each sequence by itself; token i sees j <= i if causal, and |i - j| < window."""
+    """Attend within each sequence: token i to tokens j <= i if causal, with |i - j| < window."""
     bounds, parts = cu_seqlens.tolist(), [q[:0] + k[:0].sum() + v[:0].sum()]
     for start, end in pairwise(bounds):
         if end > start:
@@ -103,8 +103,8 @@ def paged_attention(
     softcap: float | None,
     scale: float | None = None,
 ) -> Tensor:
-    """A query a row over the last `window` of its cached positions; p lies in block table[p // S],
-    slot p % S.
+    """Attend from one query per row to the last `window` of the row's cached positions. Position p
+    is in block table[p // S], slot p % S.
 
     Kwon et al. (2023)."""
     rows, size, scale = [q[:0]], v_cache.shape[2], q.shape[2] ** -0.5 if scale is None else scale
@@ -124,8 +124,8 @@ def paged_attention(
 
 
 def _cache(k: Tensor, v: Tensor, slots: list[int], k_cache: Tensor, v_cache: Tensor) -> None:
-    """Token n's k and v into slot n of the blocks laid end to end, in place; slots outside of them
-    are none."""
+    """Write token n's k and v into slot `slots[n]` of the cache, in place. Slots are numbered
+    through all blocks; a number outside them writes nothing."""
     size = v_cache.shape[2]
     for n, slot in enumerate(slots):
         if 0 <= slot < len(k_cache) * size:
@@ -146,8 +146,8 @@ def rope_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> Columns:
-    """A token's heads taken apart; q and k normed where there is a weight, and turned; k and v into
-    the caches."""
+    """Split each token's heads into q, k and v, normalise q and k if there is a weight, rotate both
+    (RoPE), and write k and v into the caches."""
     D = k_cache.shape[2]
     heads = qkv.reshape(len(qkv), qkv.shape[1] // D, D)
     q, k, v = heads.split((num_heads, k_cache.shape[1], k_cache.shape[1]), 1)
@@ -171,11 +171,11 @@ def decode_step(
     v_cache: Tensor,
     out_slots: Tensor,
 ) -> Columns:
-    """One step of a decoder in the dtype of the caches: Touvron et al. (2023), and what families
-    change.
+    """Run one step of a decoder in the dtype of the caches: Touvron et al. (2023), with the changes
+    of other model families.
 
-    Every token's k and v are cached before any token attends; it then sees the positions of its row
-    up to its own."""
+    Every token's k and v are cached before any token attends. A token then attends to its row's
+    positions up to its own."""
     w, o, dtype, size = weights, weights.options, k_cache.dtype, v_cache.shape[3]
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     tables = block_table[rows]
@@ -239,8 +239,8 @@ def decode_step(
 def _projected(
     weights: Any, layer: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """One of a layer's four products, plus scale B (A x) in the slices that an adapter has. Hu et
-    al. (2021), eq. 3."""
+    """Compute one of a layer's four products, plus scale B (A x) in the slices that the adapter
+    covers. Hu et al. (2021), eq. 3."""
     y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if weights.adapter is None or weights.adapter.layers[layer][2 * product] is None:
         return y

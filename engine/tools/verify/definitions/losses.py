@@ -1,5 +1,5 @@
-"""Estimates of a KL, the policy objectives and the value loss by definition, over the tokens that
-have a weight."""
+"""Definitions of KL estimates, the policy objectives and the value loss, over the tokens whose
+weight is not 0."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ F32_EPS = 2.0**-23
 
 # ---- estimates of a KL ---------------------------------------------------------------------------
 def token_kl(k: Tensor, estimator: str) -> Tensor:
-    """The estimate of every log ratio k = logp - ref_logp."""
+    """Return the KL estimate of every log ratio k = logp - ref_logp."""
     each = [estimate(ratio, estimator) for ratio in numbers(k)]
     return torch.tensor(each, dtype=k.dtype, device=k.device).view(k.shape)
 
 
 def _slope(k: Tensor, estimator: str) -> Tensor:
-    """d estimate / d k; of k3, whose exponential is cut beyond +-20, nothing there."""
+    """Return d estimate / d k. For k3, whose exponent is cut at +-20, it is 0 beyond."""
     if estimator == "k3":
         return torch.where(k.abs() > CUT, 0.0, -torch.expm1(-k))
     return {"k1": torch.ones_like(k), "k2": k, "abs": k.sign()}[estimator].clone()
 
 
 def _estimated(k: Tensor, estimator: str, gradient: str) -> Tensor:
-    """The value of one estimator, the slope of another."""
+    """Return a tensor with the value of one estimator and the gradient of another."""
     fixed = k.detach()
     return token_kl(fixed, estimator) + _slope(fixed, gradient) * (k - fixed)
 
 
 def _sequence_of(cu_seqlens: Tensor) -> Tensor:
-    """Of each token the number of its sequence."""
+    """Return the index of each token's sequence."""
     numbered = [
         b for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())) for _ in range(start, end)
     ]
@@ -57,8 +57,8 @@ def kl_loss(
     gradient: str,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """sum_t w_t estimate(k_t); with cu_seqlens sum_b w_b estimate(sum_t k_t), w_b a sequence's mean
-    weight."""
+    """Compute sum_t w_t estimate(k_t). With cu_seqlens, compute sum_b w_b estimate(sum_t k_t), w_b
+    a sequence's mean weight."""
     live = weights != 0
     k, w = logp[live] - ref_logp[live], weights[live]
     if cu_seqlens is not None:
@@ -74,12 +74,12 @@ def kl_loss(
 
 # ---- policy and value losses ---------------------------------------------------------------------
 def _exp(d: Tensor) -> Tensor:
-    """e^d, d cut at +-20, where it has no slope."""
+    """Compute e^d with d cut at +-20; beyond that the gradient is 0."""
     return d.clamp(-CUT, CUT).exp()
 
 
 def _of_sequences(x: Tensor, sequence: Tensor, mean: bool) -> Tensor:
-    """Each token's mean or sum over its sequence's live tokens."""
+    """Return for each token the mean or sum over its sequence's live tokens."""
     out = torch.zeros_like(x)
     for b in sequence.unique().tolist():
         mine = sequence == b
@@ -90,8 +90,8 @@ def _of_sequences(x: Tensor, sequence: Tensor, mean: bool) -> Tensor:
 def _policy_term(
     o: Any, lp: Tensor, old: Tensor, A: Tensor, sequence: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(term of every token, which are below their bound, which above it, which above the dual one),
-    kind by kind."""
+    """Return each token's term of the objective, and three masks: tokens whose ratio is stopped by
+    the lower bound, by the upper bound, and by the dual-clip bound."""
     d, never = lp - old, torch.zeros_like(A, dtype=torch.bool)
     fixed, r = d.detach(), _exp(d)
     if o.kind == "reinforce":  # Williams (1992)
@@ -132,7 +132,7 @@ def _policy_term(
 
 
 def _rollout_weights(c: Any, old: Tensor, rollout: Tensor, sequence: Tensor) -> Tensor:
-    """Truncated or masked importance weights of tokens that another program sampled."""
+    """Return truncated or masked importance weights, old policy to sampler, of the tokens."""
     log_w = old - rollout
     w = _exp(log_w if c.level == "token" else _of_sequences(log_w, sequence, mean=False))
     if c.kind == "truncated":
@@ -159,7 +159,8 @@ def policy_loss(
     rollout_logp: Tensor | None = None,
     rollout_correction: Any = None,
 ) -> tuple[Tensor, Columns]:
-    """(loss, statistics): sum_t w_t (correction_t term_t + kl_coef kl_t - entropy_coef H_t)."""
+    """Return (loss, statistics); the loss is sum_t w_t (correction_t term_t + kl_coef kl_t -
+    entropy_coef H_t)."""
     live = weights != 0
     lp, old, A, w, ref, H = (
         x[live] for x in (logp, old_logp, advantages, weights, ref_logp, entropy)
@@ -188,8 +189,8 @@ def policy_loss(
 
 
 def _ratio_stats(d: Tensor, low: Tensor, high: Tensor, dual: Tensor) -> Columns:
-    """What is reported of the log ratios d of the tokens, and of those that a bound stopped; means
-    over tokens."""
+    """Return statistics of the tokens' log ratios d, and of the tokens that a bound stopped, as
+    means over tokens."""
     n, none, r = max(1, len(d)), len(d) == 0, _exp(d)
     one, zero = d.new_ones(()), d.new_zeros(())
     return {
@@ -210,7 +211,8 @@ def _ratio_stats(d: Tensor, low: Tensor, high: Tensor, dual: Tensor) -> Columns:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> tuple[Tensor, Columns]:
-    """(loss, statistics): sum_t w_t max((V - R)^2, (clip(V, V_old +- c) - R)^2) / 2.
+    """Return (loss, statistics); the loss is sum_t w_t max((V - R)^2, (clip(V, V_old +- c) - R)^2)
+    / 2.
 
     Schulman et al. (2017), eq. 9, clipped."""
     live = weights != 0

@@ -1,5 +1,5 @@
-"""Rows of logits, heads and sampling by definition: a row at a time, over the tokens that it
-has."""
+"""Definitions of ops on rows of logits, heads and sampling: one row at a time, over the tokens that
+the row has."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ RARE = -87.0
 
 # ---- rows of logits ------------------------------------------------------------------------------
 def _per_row(rows: list[Tensor], logits: Tensor) -> Tensor:
-    """[N]; it hangs on the logits also where no row does."""
+    """Stack the rows' results to [N]. The result depends on the logits for autograd, even if no
+    row's does."""
     nothing = logits[..., :0].sum(-1)
     return nothing + torch.stack(rows) if rows else nothing
 
 
 def _log_softmax(z: Tensor, T: float) -> Tensor:
-    """Of a row of finite logits."""
+    """Return the log-softmax of a row of finite logits."""
     d = (z - z.detach().max()) / T
     return d - d.exp().sum().log()
 
@@ -33,11 +34,12 @@ def _log_softmax(z: Tensor, T: float) -> Tensor:
 def logprob(
     logits: Tensor, token_ids: Tensor, temperature: float | Tensor = 1.0, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability of the token, entropy) of each row of softmax(z / T); 0 where the token is
-    -100.
+    """Return (log-probability of the token, entropy) of each row of softmax(z / T); both are 0 if
+    the token is -100.
 
-    Only tokens above -inf are looked at: with none of them the token's is -inf and the entropy 0.
-    kept: bool [N, V]; a row that lists tokens has no others."""
+    Only logits above -inf count. If a row has none, the token's log-probability is -inf and the
+    entropy 0. `kept` is bool [N, V], the tokens that top-k, top-p and min-p left; in a row that
+    marks any, only these count."""
     logps, entropies = [], []
     zero = logits.new_zeros(())
     for n, token in enumerate(token_ids.tolist()):
@@ -59,12 +61,11 @@ def logprob(
 def full_kl(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: str
 ) -> Tensor:
-    """Return the divergence in a direction of each pair of rows p = softmax(z / T), r = softmax(z_r
-    / T).
+    """Return the divergence of each pair of rows p = softmax(z / T), r = softmax(z_r / T).
 
-    "reverse" KL(p || r), "forward" KL(r || p), "jsd" the mean of KL(p || m) and KL(r || m), m = (p
-    + r) / 2. Infinite where a token of the first is none of the second; NaN where a row holds NaN
-    or +inf. Kullback and Leibler (1951); Lin (1991)."""
+    "reverse" is KL(p || r), "forward" KL(r || p), "jsd" the mean of KL(p || m) and KL(r || m), m =
+    (p + r) / 2. A KL is infinite if its second distribution lacks a token of its first, and NaN if
+    a row holds NaN or +inf. Kullback and Leibler (1951); Lin (1991)."""
     read = [True] * len(logits) if mask is None else mask.tolist()
     pairs = zip(read, logits, ref_logits.detach(), strict=True)
     rows = [
@@ -87,7 +88,7 @@ def _row_kl(z: Tensor, z_ref: Tensor, T: float, direction: str) -> Tensor:
     def divergence(mine: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (a[mine].exp() * (a[mine] - b[mine])).sum()
 
-    # log of the mean; a token of one alone has half of its probability there
+    # middle: log of the mean; a token of only one distribution has half its probability there
     if direction == "jsd":
         shared = in_p & in_r
         middle = torch.logaddexp(log_p[shared], log_r[shared]) - math.log(2)
@@ -121,7 +122,7 @@ def _head_rows(
     softcap: float | None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) [N] of the live rows, 0 in the others."""
+    """Return (logp, entropy) [N] of the live rows; 0 in all other rows."""
     T = temperature[live] if isinstance(temperature, Tensor) else temperature
     z = _logits(hidden[live], weight, bias, softcap)
     found = logprob(z, token_ids[live], T, None if kept is None else kept[live])
@@ -140,7 +141,7 @@ def linear_logprob(
     softcap: float | None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`logprob` of the logits hidden W^T + b, softcapped."""
+    """Return `logprob` of the logits hidden W^T + b, softcapped."""
     live = token_ids != -100
     return _head_rows(live, hidden, weight, token_ids, bias, temperature, softcap, kept)
 
@@ -155,7 +156,7 @@ def linear_full_kl(
     temperature: float,
     direction: str,
 ) -> Tensor:
-    """`full_kl` of the logits of two heads; the bias is the first one's."""
+    """Return `full_kl` of the logits of two heads; only the first head has the bias."""
     live = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device) if mask is None else mask
     z, ref = (
         _logits(hidden[live], weight, bias, None),
@@ -176,8 +177,8 @@ def linear_policy_loss(
     temperature: float | Tensor,
     **settings: Any,
 ) -> tuple[Tensor, Columns, Tensor, Tensor]:
-    """`policy_loss` of what the head says of the tokens, and what it says; the rest of the
-    arguments is its own."""
+    """Return the results of `policy_loss` with the log-probabilities and entropies that the head
+    gives, and these log-probabilities and entropies. `settings` are arguments of `policy_loss`."""
     logp, entropy = _head_rows(weights != 0, hidden, weight, token_ids, bias, temperature, None)
     return (
         *policy_loss(logp, old_logp, advantages, weights, entropy=entropy, **settings),
@@ -188,7 +189,8 @@ def linear_policy_loss(
 
 # ---- sampling ------------------------------------------------------------------------------------
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox 4x32-10 of four and two words of 32 bits. Salmon et al. (2011), section 3.3."""
+    """Apply Philox 4x32-10 to a counter of four 32-bit words and a key of two. Salmon et al.
+    (2011), section 3.3."""
     word = 2**32
     c, k = list(counter), list(key)
     for _ in range(10):
@@ -216,9 +218,10 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Columns:
-    """A token a row from softmax(z / T) cut to top-k, then top-p, then min-p: the first whose
-    running sum, in the order of the vocabulary, exceeds u times the whole. Temperature 0: the
-    largest logit, with the numbers of T = 1, uncut.
+    """Draw a token per row from softmax(z / T), truncated to top-k, then top-p, then min-p. It is
+    the first token, in the order of the vocabulary, at which the running sum of probabilities
+    exceeds u times the total. With temperature 0 it is the token of the largest logit, and its
+    log-probability is that at T = 1 without truncation.
 
     Fan et al. (2018); Holtzman et al. (2020); Nguyen et al. (2024)."""
     found: dict[str, list] = {
@@ -262,8 +265,8 @@ def sample(
 
 
 def advance_rows(x: Columns) -> Columns:
-    """Advance rows by a decoding step: the token in the ring; a row ended by its last position or a
-    stop id, or moved."""
+    """Advance rows by a decoding step: store the token in the ring; then end the row if it is at
+    its last position or drew a stop id, else move it to the next position."""
     changed = (
         "token_ids",
         "positions",
