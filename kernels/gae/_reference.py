@@ -125,7 +125,8 @@ def k_step_advantages_reference(
     gamma: float,
     last_values: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     layout, live_N, values_N = _Layout.of(live, cu_seqlens), live.reshape(-1), values.reshape(-1)
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
@@ -168,7 +169,8 @@ def shaped_gae_reference(
     whiten: bool,
     whiten_unbiased: bool,
 ) -> ShapedGAE:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     layout, live = _Layout.of(mask, cu_seqlens), mask.reshape(-1)
     kl = torch.where(
         live, token_kl_reference(logp.reshape(-1), ref_logp.reshape(-1), kl_estimator), 0

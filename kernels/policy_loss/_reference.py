@@ -41,8 +41,8 @@ def policy_loss_reference(
     rollout_correction: RolloutCorrection | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     part = PolicyPart(
         logp=logp_N,
         old_logp=old_logp_N,
@@ -336,8 +336,8 @@ def value_loss_reference(
     *,
     clip: float | None = None,
 ) -> tuple[Tensor, ValueStats]:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     live = weights_N != 0
     values, returns, weights = (
         torch.where(live, values_N, 0),
