@@ -170,11 +170,11 @@ def kl_loss(
     that of KL(ref || pi), the other direction. So the usual default, k3 for both, does not descend
     the KL that it reports; gradient="k2" does.
 
-Over whole sequences every token-level loss, k2 and the exact full_kl included, ignores that a token
-changes the states after it. At three tokens this is a relative error of the gradient of .51 (k3:
-.61). Three ways have the right gradient over sequences: k1 in the reward (shaped_gae);
-level="sequence" with gradient="k2" (noisy); or token-level k2 or full_kl together with the detached
-KL of the later tokens in the advantage.
+    Over whole sequences every token-level loss, k2 and the exact full_kl included, ignores that a
+    token changes the states after it. At three tokens this is a relative error of the gradient of
+    .51 (k3: .61). Three ways have the right gradient over sequences: k1 in the reward (shaped_gae);
+    level="sequence" with gradient="k2" (noisy); or token-level k2 or full_kl together with the
+    detached KL of the later tokens in the advantage.
 
     Args:
         logp, ref_logp: [N], or any shape, float32 (the torch implementation also float64), finite

@@ -27,8 +27,8 @@ def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Te
 
 
 def _descended(k1: Tensor, estimator: str) -> Tensor:
-    """The estimator as autograd is to see it: k3 without the clip at 0, and constant beyond the
-    clamp."""
+    """Return the estimator in the form that autograd differentiates: k3 without the clip at 0, and
+    constant beyond the clamp."""
     if estimator != "k3":
         return token_kl_reference(k1, torch.zeros_like(k1), estimator)
     return torch.where(
@@ -46,8 +46,8 @@ def kl_loss_reference(
     gradient: str,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """The definition, differentiable, on any device, in float64; cu_seqlens for the sequence level,
-    None for tokens."""
+    """Compute kl_loss by its definition, differentiably, on any device, in float64. `cu_seqlens`
+    selects the sequence level; if it is None, the level is tokens."""
     live = weights_N != 0
     k1 = torch.where(live, logp_N.double() - ref_logp_N.double(), 0)
     weights = weights_N.double()

@@ -31,7 +31,8 @@ def masked_whiten_reference(
 def group_normalize_reference(
     scores_B: Tensor, group_ids_B: Tensor, method: str, eps: float, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
-    """The definition, on any device, in float64; no host reads, whatever the ids."""
+    """Compute group_normalize by its definition, on any device, in float64. The host reads no
+    ids."""
     x, B = scores_B.double(), scores_B.numel()
     ids, order = torch.sort(group_ids_B, stable=True)
     # of each sorted score, from 0
