@@ -1,5 +1,5 @@
-"""advance_rows_: what a decoding step leaves behind it, in one call, against the same dozen of
-torch operations."""
+"""advance_rows_, which records the tokens of a decoding step in one call, compared with the
+equivalent dozen torch operations."""
 
 from __future__ import annotations
 

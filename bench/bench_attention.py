@@ -1,5 +1,5 @@
-"""varlen_attention, forward and backward, on packed sequences, against scaled_dot_product_attention
-of the same sequences padded to the longest."""
+"""varlen_attention, forward and backward, on packed sequences, compared with
+scaled_dot_product_attention on the same sequences padded to the longest."""
 
 from __future__ import annotations
 

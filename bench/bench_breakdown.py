@@ -1,17 +1,17 @@
-"""Where a step of `train_policy` goes, on a real model (`--model DIR`): the loop itself, with its
-rollouts, rewards, metrics and updates.
+"""Share of each part in the time of a `train_policy` step, on a real model (`--model DIR`). The
+whole loop runs, with its rollouts, rewards, metrics and updates.
 
 GRPO step     8 prompts of 8 samples of up to 64 tokens, one optimizer step, KL k3 in the loss
 PPO step      64 prompts, up to 64 tokens, critic, KL in the reward, 4 epochs
 
-The row's extra has the share of each part in per cent, medians over the steps. Calls of generation,
-the decoder, the head, backward, the optimizer, the reward and the run directory are timed around
-themselves, what they call timed too taken off. "algorithm" is *everything else* that happens
-between two steps:
-advantages, losses, token weights, batches and their cuts, controllers, metrics, and whatever else
-there is; "algorithm: loss" and the like are parts of it. A loss's own backward is in "backward".
-The loop halts between steps, in a thread of its own; on a CPU the shares are of that thread's
-processor time, which other processes do not lengthen, and on a GPU of the wall clock.
+The field `extra` of a result has the share of each part in per cent, as medians over the steps.
+Calls of generation, the decoder, the head, backward, the optimizer, the reward and the run
+directory are timed; the time of a timed call inside another one is subtracted from the outer call.
+"algorithm" is *everything else* between two steps: advantages, losses, token weights, batches and
+their split into micro-batches, controllers, metrics and the rest. "algorithm: loss" and similar
+entries are parts of "algorithm". The backward of a loss counts as "backward". The loop runs in a
+separate thread and halts between steps. On a CPU the shares are of that thread's processor time,
+which other processes do not lengthen; on a GPU they are of the wall clock.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Decoding with a model of a real size (`--instruct DIR`, SmolLM2-135M-Instruct by
-examples/smollm2.py), few sequences and many: fusedrl against transformers, and llama.cpp where its
-package is installed (bench/llamacpp.py).
+"""Decoding with a model of a real size (`--instruct DIR`, SmolLM2-135M-Instruct from
+examples/smollm2.py), with few and with many sequences. fusedrl is compared with transformers, and
+with llama.cpp if its package is installed (bench/llamacpp.py).
 
-Prompts of 8 random tokens, greedy, nobody stops at an EOS. The ceiling counts every weight once a
-step, the keys and values that are read, and the multiplications. In float32 the tokens are checked
-to be equal; in bfloat16 the two round differently, and only how many there are is, as of llama.cpp,
-whose keys and values are float16.
+Prompts are 8 random tokens; decoding is greedy, and no contestant stops at an EOS. The ceiling
+counts every weight once per step, the keys and values that are read, and the multiplications. In
+float32 the tokens are checked to be equal. In bfloat16 fusedrl and transformers round differently,
+so only the number of tokens is checked. The same holds for llama.cpp, whose keys and values are
+float16.
 """
 
 from __future__ import annotations

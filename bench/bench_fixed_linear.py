@@ -1,5 +1,5 @@
-"""fixed_linear, whose rows do not depend on one another, against the library's product, whose rows
-do."""
+"""fixed_linear, in which the bits of a row do not depend on the other rows, compared with torch's
+product, in which they do."""
 
 from __future__ import annotations
 

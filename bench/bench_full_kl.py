@@ -1,4 +1,4 @@
-"""full_kl against two log_softmax and torch's kl_div, eager and compiled."""
+"""full_kl compared with two log_softmax and torch's kl_div, eager and compiled."""
 
 from __future__ import annotations
 

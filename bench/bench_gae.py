@@ -1,5 +1,5 @@
-"""gae against the textbook loop over T on torch tensors (a [B] vector a step), and shaped_gae
-against the same chain written in torch."""
+"""gae compared with the textbook loop over T on torch tensors (a [B] vector per step), and
+shaped_gae compared with the same chain of steps in torch."""
 
 from __future__ import annotations
 

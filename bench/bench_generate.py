@@ -1,5 +1,5 @@
-"""Generation with a real model (`--model DIR`, a Llama-like one): fusedrl against transformers, and
-n samples of a prompt against n requests.
+"""Generation with a real model (`--model DIR`, a Llama-like one): fusedrl compared with
+transformers, and n samples of one prompt compared with n requests.
 
 generate                64 x 128 tokens; transformers' batched `generate`
 generate, lengths       64 prompts that ask for 16 to 256 tokens each; transformers' batch runs all
@@ -12,10 +12,10 @@ generate, continuous    64 x 32 tokens; transformers' continuous batching, its c
 generate, n samples     16 samples of one prompt of 200 tokens; 16 requests of as many tokens each
                         that share nothing
 
-Nobody stops at an EOS, so that all make the same tokens; greedy tokens are checked to be equal
-before anything is timed. fusedrl returns the logprob of every token beside it, transformers does
-not. Its prefix cache is emptied before every call. The contestants are in engine/tools/bench.py;
-what they need at least is in workloads.py beside it.
+No contestant stops at an EOS, so that all generate the same number of tokens; greedy tokens are
+checked to be equal before the timing. fusedrl also returns the logprob of every token, transformers
+does not. fusedrl's prefix cache is emptied before every call. The contestants are in
+engine/tools/bench.py; their least possible bytes and flops are in engine/tools/workloads.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training with a model of a real size (`--instruct DIR`, SmolLM2-135M-Instruct by
+"""Training with a model of a real size (`--instruct DIR`, SmolLM2-135M-Instruct from
 examples/smollm2.py).
 
 training pass       trunk, head and log-probabilities of the completions' tokens, forward and

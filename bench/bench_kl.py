@@ -1,4 +1,4 @@
-"""token_kl and kl_loss against the same lines of torch, eager and compiled."""
+"""token_kl and kl_loss compared with the same computation in torch, eager and compiled."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""rope_and_cache: QK-norm, rotation and the cache write in one call, against the same steps of
-torch, eager and compiled."""
+"""rope_and_cache: QK-norm, rotation and the cache write in one call, compared with the same steps
+in torch, eager and compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""linear_full_kl against both products with full logits and torch's kl_div, eager and compiled."""
+"""linear_full_kl compared with two products that form all logits and torch's kl_div, eager and
+compiled."""
 
 from __future__ import annotations
 

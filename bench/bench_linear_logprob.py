@@ -1,5 +1,5 @@
-"""linear_logprob against eager logits, log_softmax and gather, torch.compile of the same, and the
-bare product."""
+"""linear_logprob compared with eager logits, log_softmax and gather, with torch.compile of these,
+and with the product alone."""
 
 from __future__ import annotations
 

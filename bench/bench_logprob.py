@@ -1,8 +1,8 @@
-"""logprob against eager log_softmax + gather and torch.compile of the same.
+"""logprob compared with eager log_softmax + gather, and with torch.compile of these.
 
-"forward" runs under no_grad. "forward+backward" is one call and `torch.autograd.grad` of it with a
-random upstream gradient; the gradient is a fresh tensor, except for logprob_ (and Liger's), whose
-gradient lands on the logits: each round reads what the round before left there.
+"forward" runs under no_grad. "forward+backward" is one call and `torch.autograd.grad` of its result
+with a random upstream gradient. The gradient is a new tensor, except for logprob_ (and Liger's),
+which overwrites the logits: each round then reads the gradient of the previous round as its logits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Training passes on packed sequences, against transformers on the same sequences padded. The
-percentage of the ceiling is the MFU: nothing recomputed counts.
+"""Training passes on packed sequences, compared with transformers on the same sequences padded. The
+percentage of the ceiling is the MFU (model FLOPs utilisation): recomputed operations do not count.
 
 decoder forward + backward    the trunk of a small Llama alone
 training pass                 trunk, head and log-probabilities of every token, forward and

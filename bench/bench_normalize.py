@@ -1,4 +1,5 @@
-"""masked_whiten and group_normalize against the same lines of torch, eager and compiled."""
+"""masked_whiten and group_normalize compared with the same computation in torch, eager and
+compiled."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""paged_attention: one decoded token a sequence against its cached context, against torch gathering
-the blocks for scaled_dot_product_attention."""
+"""paged_attention of one decoded token per sequence over its cached context, compared with torch,
+which gathers the blocks for scaled_dot_product_attention."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""policy_loss, value_loss and both in one, forward and backward with every statistic, against the
-same losses in eager PyTorch and torch.compile."""
+"""policy_loss, value_loss and policy_value_loss, forward and backward with every statistic,
+compared with the same losses in eager PyTorch and torch.compile."""
 
 from __future__ import annotations
 

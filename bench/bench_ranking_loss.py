@@ -1,5 +1,5 @@
-"""The pairwise and the K-wise ranking loss, forward and backward, against the same lines of torch,
-eager and compiled."""
+"""The pairwise and the K-wise ranking loss, forward and backward, compared with the same
+computation in torch, eager and compiled."""
 
 from __future__ import annotations
 

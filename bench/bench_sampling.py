@@ -1,5 +1,5 @@
-"""sample: one token a row with its logprob and entropy, against the usual torch calls, eager and
-compiled. The draws differ, the entropies must not."""
+"""sample draws one token per row with its logprob and entropy; compared with the usual torch calls,
+eager and compiled. The drawn tokens differ, the entropies must be equal."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""How decoding scales: tokens per second over the sequences that run at once, and over the length
-that each of them attends to.
+"""Scaling of decoding: tokens per second by the number of sequences that run at once, and by the
+length of the context of each sequence.
 
 decode, sequences    1 to 256 sequences behind 128 tokens each
 decode, context      16 sequences behind 128 to 4032 tokens each
 
-A Llama of stories260k's sizes with 4,096 positions and random weights, 32 tokens of each sequence.
-The prompts are in the prefix cache, all but their last tokens, so what is timed is decoding. The
-ceiling is that of 32 steps, each of which reads the weights once, and all keys and values before
-its tokens. `python -m bench.scaling_plot` draws the rows into docs/scaling.svg;
-docs/engine-numbers.md says what bends them.
+The model is a Llama of stories260k's sizes with 4,096 positions and random weights; each sequence
+gets 32 tokens. The prompts, except their last tokens, are in the prefix cache, so only decoding is
+timed. The ceiling counts 32 steps, each of which reads the weights once, and all keys and values
+before its tokens. `python -m bench.scaling_plot` draws the results into docs/scaling.svg;
+docs/engine-numbers.md explains the shape of the curves.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ GRPO step           8 prompts of 8 samples of 64 tokens, one optimizer step, no 
                     GRPOTrainer on the same weights, prompts and batch, as it generates by itself
                     and with our engine in its `rollout_func`
 
-Everyone draws all 64 tokens of every completion; a step is everything from its prompts to its
-updated weights. TRL's own logging, saving and progress are off, and so is the gradient
-checkpointing that it would do by default. It runs in its trainer's loop, halted between steps.
+Every contestant draws all 64 tokens of every completion. A step is everything from its prompts to
+its updated weights. TRL's logging, saving and progress bar are off, and so is the gradient
+checkpointing that TRL does by default. TRL runs in the loop of its trainer, which halts between
+steps.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The fixture that runs a contest over pytest-benchmark. harness.py says how to call it and what a
-row is."""
+"""The fixture that runs a contest on top of pytest-benchmark. harness.py explains how to call the
+fixture, and the fields of a result."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ engine    the engine's promises (device = CPU, captured = uncaptured, sampler = 
           requests than slots, ...), throughput, latency, a GRPO step, and its suites
 kernels   contests of bench/ against eager and torch.compile
 
-It runs from a checkout with nothing installed but torch (and pytest, for the suites and the
-contests). A step that fails, hangs or is missing something is a line, and the next one begins; what
-does not fit into the eight minutes is named. PART.txt has what every step printed, PART.json what
-it found.
+It runs from a checkout and needs only torch (and pytest, for the suites and the contests). If a
+step fails, hangs or lacks something, this is reported in a line, and the next step begins. Steps
+that do not fit into the eight minutes are named. PART.txt has the output of every step, PART.json
+the findings.
 """
 
 from __future__ import annotations

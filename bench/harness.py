@@ -1,5 +1,5 @@
-"""How a figure is obtained: contestants interleaved in one process, the same answer checked first,
-medians with p20 and p80, the ceiling beside them.
+"""The method behind every figure: contestants run interleaved in one process, after a check that
+their answers agree. A figure is a median with p20 and p80, next to the ceiling of the machine.
 
     make bench                       everything, one thread; writes bench/results/*.json
     python -m pytest bench           checks the answers and times nothing
@@ -8,20 +8,20 @@ medians with p20 and p80, the ceiling beside them.
 The options of pytest-benchmark work, too: --benchmark-save NAME, --benchmark-compare,
 --benchmark-json FILE.
 
-A bench file is a pytest module, one test a contest. The fixture `contest` (conftest.py) runs it;
-this file is what it is made of. A contestant is a function of no arguments that does the whole
-piece of work and returns the answer. The first one is ours; ratios are of the others' median to
-ours. `bytes_moved` and `flops` are what the *problem* needs, derived in a comment where they are
-computed; `percent_of_ceiling` is the time in which this machine could move the bytes or do the
-flops, whichever takes longer, over the time that was taken. Both ceilings are measured in the same
-run. Calls of less than a millisecond are made in a row, as many as fill one. `make bench` has
-malloc keep what is freed, as a caching allocator does, for all contestants: here fresh pages of a
-virtual machine came at 0.5 GB/s after a contestant had given its own back, and that was all that a
-row then said.
+A bench file is a pytest module with one test per contest. The fixture `contest` (conftest.py) runs
+a contest with the code of this file. A contestant is a function of no arguments that does the whole
+piece of work and returns the answer. The first contestant is ours; a ratio is another contestant's
+median over ours. `bytes_moved` and `flops` are what the *problem* needs; a comment derives them
+where they are computed. `percent_of_ceiling` is the time in which this machine could move the bytes
+or do the flops, whichever takes longer, over the measured time. Both ceilings are measured in the
+same run. Calls shorter than a millisecond are repeated until they fill one millisecond, and timed
+together. `make bench` makes malloc hold on to freed memory for all contestants, as a caching
+allocator does. Without this, a contestant that had returned its memory got fresh pages at only 0.5
+GB/s on this virtual machine, and the figure measured nothing else.
 
-On a GPU a time is that of the device between two events. Before each call 256 MB are overwritten,
-so that nothing of its inputs is left in the L2 cache, and the device sleeps while the host enqueues
-the call, so that launches cost what they cost inside a full queue.
+On a GPU a time is the device time between two events. Before each call 256 MB are overwritten, so
+that none of its inputs are left in the L2 cache. The device sleeps while the host enqueues the
+call, so that launches cost as much as in a full queue.
 """
 
 from __future__ import annotations

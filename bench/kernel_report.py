@@ -1,9 +1,9 @@
-"""Registers, shared memory and spills of every GPU kernel, compiled for every target with no GPU at
-hand, into docs/kernel-report.md: `make kernel-report`.
+"""Write docs/kernel-report.md: registers, shared memory and spills of every GPU kernel, compiled
+for every target without a GPU. `make kernel-report`
 
-Triton kernels are those of the tables `OFFLINE_KERNELS`, CUDA C++ kernels those of
-`OFFLINE_SOURCES`; tests/offline_compile.py says what is in them. The file has no date: it changes
-when a kernel or a compiler does.
+The Triton kernels are those of the tables `OFFLINE_KERNELS`, the CUDA C++ kernels those of
+`OFFLINE_SOURCES`; tests/offline_compile.py describes these tables. The report has no date: it
+changes only if a kernel or a compiler changes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the benches of rms_norm, swiglu and rope share: their sizes, and a contest of an op forward
-or forward and backward."""
+"""Code shared by the benches of rms_norm, swiglu and rope: their sizes, and a contest of an op,
+forward alone or forward and backward."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""llama.cpp as a contestant: `pip install llama-cpp-python gguf`, which builds it for the processor
-that it is built on.
+"""llama.cpp as a contestant. `pip install llama-cpp-python gguf` builds it for the processor of the
+machine.
 
-The weights are those of a directory in the Hugging Face layout, in float32 or bfloat16, as a
-GGUF file without a vocabulary: token ids go in and come out. Keys and values are float16, as
-llama.cpp has them by default.
+The weights come from a directory in the Hugging Face layout, in float32 or bfloat16, and are
+written to a GGUF file without a vocabulary: inputs and outputs are token ids. Keys and values are
+float16, the default of llama.cpp.
 """
 
 from __future__ import annotations

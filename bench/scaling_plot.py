@@ -1,5 +1,5 @@
-"""Draw the rows of bench_scaling.py: docs/scaling.svg, and the tables of docs/engine-numbers.md
-between its markers. `python -m bench.scaling_plot`"""
+"""Draw the results of bench_scaling.py into docs/scaling.svg, and write the tables between the
+markers of docs/engine-numbers.md. `python -m bench.scaling_plot`"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Render bench/results/*.json into docs/numbers.md, and some of it into the README, between their
-markers: `make tables`."""
+"""Render bench/results/*.json as tables between the markers of docs/numbers.md, and some of them in
+the README: `make tables`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Arithmetic with an exact verifier, from nothing: the task's files and a small model to start
-from.
+"""Write the files of an arithmetic task with an exact verifier, and a small untrained model to
+start from.
 
     python examples/arithmetic.py task
     fusedrl train sft --model task/model --data task/sft.jsonl --epochs 8 \\
@@ -8,11 +8,11 @@ from.
         --reward examples/rewards/arithmetic.py:exact --steps 200 --minibatches 4 --kl.coef 0 \\
         --generation.max_new_tokens 6 --optim.lr 3e-4 --run.dir runs/arithmetic
 
-A problem is "47+85=", its answer "231": two numbers of up to two digits, added or subtracted, and
-the answer from the units on, which a small decoder learns sooner. Half of the demonstrations are
-off by 1 to 9: whoever imitates them is right half of the time at best, and the verifier, which
-knows, is what reinforcement learning has to go by. The held-out problems occur in none of the other
-files.
+A problem is "47+85=" and its answer "231". Two numbers of up to two digits are added or subtracted,
+and the digits of the answer begin with the units, which a small decoder learns sooner. Half of the
+demonstrations are off by 1 to 9, so imitating them is right half of the time at best. Reinforcement
+learning can do better, since its verifier knows the right answers. The held-out problems occur in
+none of the other files.
 """
 
 from __future__ import annotations

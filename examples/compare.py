@@ -1,4 +1,4 @@
-"""A policy before and after training, on prompts of your choice, with fresh samples.
+"""Compare a policy before and after training, on prompts of your choice, with fresh samples.
 
     python examples/compare.py --before MODEL --after runs/stories/model \\
         --data examples/prompts/stories_held_out.jsonl \\

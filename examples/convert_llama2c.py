@@ -3,9 +3,9 @@
     python examples/convert_llama2c.py stories260K.bin --tokenizer tok512.bin --out stories260k
 
 Reads the format of https://github.com/karpathy/llama2.c: version 0 (a header of seven int32,
-negative vocabulary: separate classifier) and version 1 ("ak42"). Its rotary embedding turns
-neighbouring pairs (2i, 2i + 1), that of Hugging Face the pairs (i, i + D/2): the rows of q and k
-are reordered.
+negative vocabulary: separate classifier) and version 1 ("ak42"). The rotary embedding of llama2.c
+rotates neighbouring pairs (2i, 2i + 1), that of Hugging Face the pairs (i, i + D/2). So the rows of
+the q and k weights are reordered.
 """
 
 from __future__ import annotations

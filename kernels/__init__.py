@@ -1,9 +1,9 @@
-"""Operations of RLHF, one module each: `from fusedrl.kernels.gae import gae`.
+"""Operations of RLHF. Each has a module of its own: `from fusedrl.kernels.gae import gae`.
 
-`dir(fusedrl.kernels)` names the modules, which are imported when first used;
-`help(fusedrl.kernels.gae)` says what one computes, from which shapes, in how many bytes, and where
-the mathematics is from. `fusedrl doctor` says which implementations of each operation run on this
-machine.
+`dir(fusedrl.kernels)` names the modules; a module is imported when it is first used. The docstring
+of a module (`help(fusedrl.kernels.gae)`) gives the formulas and their source, the shapes, and the
+bytes read and written. `fusedrl doctor` lists the implementations of each operation that run on
+this machine.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def __dir__() -> list[str]:
 
 
 def _step_aside() -> None:
-    """Be what `import kernels` means: Hugging Face's package of that name, which transformers
-    imports, and which this folder hides from whoever runs Python in the root of a checkout. Where
-    that package is not installed, look like a folder without code."""
+    """Let `import kernels` find Hugging Face's package `kernels`, which transformers imports. This
+    folder hides that package when Python runs in the root of a checkout. If that package is not
+    installed, look like a folder without code."""
     root = Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec(
         __name__, [place for place in sys.path if Path(place).resolve() != root]

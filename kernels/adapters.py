@@ -1,18 +1,19 @@
-"""Adapters: the names and argument orders of other libraries' fused heads and log-probabilities,
-over this package's ops.
+"""Adapters: this package's ops under the names and argument orders of other libraries' fused heads
+and log-probabilities.
 
     verl   FusedLinearForPPO          -> linear_logprob
     trl    selective_log_softmax, entropy_from_logits -> logprob
     Liger  LigerFusedLinearGRPOLoss   -> linear_policy_loss
 
-To use one, import it from here instead of from there. What goes in and what comes out is the same
-but for what each docstring lists; common to all: results are float32 (float64 for float64),
-whatever the dtype of the inputs, and differentiable once; a masked row or token may hold NaN; a
-product of hidden states and head is not rounded to their dtype before the softmax.
+To use an adapter, import it from this module instead of from the other library. Inputs and outputs
+are the same, except for the differences that each docstring lists. Common to all adapters: results
+are float32 (float64 for float64), whatever the dtype of the inputs, and differentiable once. A
+masked row or token may hold NaN. The product of hidden states and head is not rounded to their
+dtype before the softmax.
 
 Source    verl 0.9 (verl/utils/experimental/torch_functional.py), liger-kernel 0.8
           (liger_kernel/chunked_loss/grpo_loss.py), trl 1.16 (trl/trainer/utils.py), whose
-          definitions the tests state again, eagerly. Nothing of them is imported.
+          definitions the tests repeat as eager code. None of these libraries is imported.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ def _impl(x: Tensor) -> str | None:
 
 
 def _leading(x: Tensor) -> str:
-    """The pattern of all dimensions but the last."""
+    """Return the pattern for `check` of all dimensions but the last."""
     return " ".join(f"d{i}" for i in range(x.ndim - 1))
 
 
 # ---- verl ----------------------------------------------------------------------------------------
 class FusedLinearForPPO(torch.nn.Module):
-    """verl's module of this name: log-probability and entropy of one token a row through the head,
-    without the logits.
+    """Replacement for verl's module of this name: log-probability and entropy of one token per row,
+    computed through the head without holding all logits at once.
 
-    Differences: the entropy is float32, where verl rounds it to the dtype of the hidden states; a
-    token id of -100 has log-probability 0, entropy 0 and no gradient, where verl's torch backend
-    fails; any number of leading dimensions.
+    Differences: the entropy is float32, while verl rounds it to the dtype of the hidden states. A
+    token id of -100 has log-probability 0, entropy 0 and no gradient, while verl's torch backend
+    fails. Any number of leading dimensions is allowed.
 
     Args:
-        chunk_size: rows whose logits are held at a time.
-        impl_backend: "torch" or "liger", as verl passes it; both are this implementation.
+        chunk_size: number of rows whose logits are held at a time.
+        impl_backend: "torch" or "liger", as verl passes it; both select this implementation.
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
@@ -73,8 +74,8 @@ class FusedLinearForPPO(torch.nn.Module):
         input_ids: Tensor,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H], vocab_weights [V, H] of the same dtype, input_ids [...]. Returns
-        (log_probs, entropy), both [...] float32."""
+        """Return (log_probs, entropy), both [...] float32, for hidden_states [..., H],
+        vocab_weights [V, H] of the same dtype and input_ids [...]."""
         leading = _leading(hidden_states)
         *_, H, V = check(
             "FusedLinearForPPO",
@@ -104,18 +105,19 @@ _NO_REFERENCE = (
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
-    """Liger's module of this name: the GRPO losses from hidden states, the gradients formed in the
-    forward pass.
+    """Replacement for Liger's module of this name: the GRPO losses from hidden states, whose
+    gradients the forward pass computes.
 
-    Per token of a sequence with advantage A, r = exp(logp - old_logp), or the exponential of its
-    mean over the sequence (importance_sampling_level "sequence"):
+    The loss of a token in a sequence with advantage A is as follows. r = exp(logp - old_logp), or
+    for importance_sampling_level "sequence" the exponential of the mean of logp - old_logp over the
+    sequence:
 
         l = max(-A r, -A clip(r, 1 - epsilon_low, 1 + epsilon_high))
                 "sapo": -A sigmoid(tau (r - 1)) 4 / tau, tau by the sign of A
         l = l * vllm_is_ratio + beta (exp(ref_logp - logp) - 1 - (ref_logp - logp))
 
-    and their sum with these weights, for n_b unmasked tokens in sequence b of B (those that have
-    none count):
+    The loss is the sum of l over tokens with these weights, for n_b unmasked tokens in sequence b
+    of B (B includes sequences without unmasked tokens):
 
         "grpo", "sapo"  1 / (B n_b)
         "bnpo"          1 / sum_b n_b
@@ -123,21 +125,20 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         "dapo"          ranks / num_items_in_batch; the latter is by default the unmasked tokens of
                         all ranks of torch.distributed, or of this process
 
-    Differences: a log ratio beyond +-20 is cut inside exponentials and has no gradient there;
+    Differences: a log ratio beyond +-20 is clamped inside exponentials and has no gradient there.
     `lin_weight` and `bias` are converted to the dtype of the hidden states (Liger adds a float32
-    bias in float32); a token whose vllm_is_ratio is 0 does not count as clipped; without
-    old_per_token_logps the policy is its own old policy as in Liger, which costs a scoring pass
-    unless beta is 0 and the loss is not "sapo". A mask is read as 0 or not 0.
+    bias in float32). A token whose vllm_is_ratio is 0 does not count as clipped. Without
+    old_per_token_logps the policy is its own old policy, as in Liger; this costs a scoring pass
+    unless beta is 0 and the loss is not "sapo". Every non-zero mask entry counts as 1.
 
     Args: Liger's, in its order. `compiled` and `chunk_size` change nothing: nothing here is
-    compiled, and linear_policy_loss bounds its workspace.
-        The vespo_* belong to a loss that is refused. `delta`: two-sided clipping, at 1 +
-        epsilon_high or above it.
+    compiled, and linear_policy_loss bounds its workspace. The vespo_* arguments belong to a loss
+    that is not supported. `delta` is the bound of two-sided clipping, at least 1 + epsilon_high.
     Raises:
-        ValueError: what is not expressible exactly, by name: loss types "cispo" (whose clip ratio
-            counts positive advantages only; the loss itself is linear_policy_loss with
+        ValueError: an argument cannot be supported exactly. These are the loss types "cispo" (whose
+            clip ratio counts positive advantages only; the loss itself is linear_policy_loss with
             PolicyObjective(kind="cispo", clip_max=epsilon_high)), "luspo" (which counts masked
-            tokens) and "vespo", use_bias_correction_kl, a delta below 1 + epsilon_high or with
+            tokens) and "vespo"; use_bias_correction_kl; and a delta below 1 + epsilon_high or with
             level "sequence".
     """
 
@@ -231,7 +232,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and its metrics.
+        """Compute the loss and its metrics.
 
         Args:
             _input: [B, T, H].
@@ -240,12 +241,13 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             advantages: [B].
             bias: [V].
             ref_per_token_logps, old_per_token_logps: [B, T].
-            ref_input, ref_weight, ref_bias: as the policy's, of any H, in its place where
-                ref_per_token_logps is None.
+            ref_input, ref_weight, ref_bias: hidden states and head of the reference, shaped as
+                those of the policy, with any H. They are used only if ref_per_token_logps is None.
             vllm_is_ratio: [B], [B, 1] or [B, T].
         Returns:
-            (loss, metrics): a scalar, differentiable in _input, lin_weight and bias; (mean KL, clip
-            ratio) over unmasked tokens, the first only where beta is not 0.
+            (loss, metrics). The loss is a scalar, differentiable in _input, lin_weight and bias.
+            The metrics are (mean KL, clip ratio) over unmasked tokens; if beta is 0, only (clip
+            ratio,).
         """
         no_reference = ref_per_token_logps is None and (ref_input is None or ref_weight is None)
         if self.use_ref_model and no_reference:
@@ -308,7 +310,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         return loss, (stats.ref_kl, clip_ratio) if self.beta else (clip_ratio,)
 
     def _advantages(self, advantages_B: Tensor, ratio: Tensor | None, mask_BT: Tensor) -> Tensor:
-        """[B, T] advantages times the sampler's ratios; 0 where the mask is."""
+        """Return [B, T] advantages times the sampler's ratios; 0 at masked tokens."""
         if ratio is not None and self.objective.by_sequence:  # its tokens share one term
             count = mask_BT.sum(1, keepdim=True).clamp(min=1)
             ratio = torch.where(mask_BT, ratio, 0).sum(1, keepdim=True) / count
@@ -323,7 +325,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         ids: Tensor,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """[B T] log-probabilities, without gradient."""
+        """Return [B T] log-probabilities, without gradient."""
         if hidden is None or weight is None:
             return None
         with torch.no_grad():
@@ -364,22 +366,24 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """trl's function of this name: log-softmax of the logits at an index, or at K of them.
+    """Replacement for trl's function of this name: log-softmax of the logits at one index per row,
+    or at K indices.
 
-    Differences: float32, where trl's eager code returns the dtype of the logits (its fused kernel
-    float32 too). An index of -100 gives 0 (one per row) instead of an error. A K that is
-    differentiated holds a float32 copy of the logits.
+    Differences: the result is float32, while trl's eager code returns the dtype of the logits (its
+    fused kernel float32 too). With one index per row, an index of -100 gives 0 instead of an error.
+    With K indices and a gradient, a float32 copy of the logits is held.
 
     Args:
         logits: [..., V].
-        index: [...], or [..., K] for K log-probabilities a row, in two reads whatever K.
+        index: [...], or [..., K] for K log-probabilities per row, which take two reads of the
+            logits for any K.
         temperature: above 0.
-        row_mask: in the shape of the index; where it is 0 the result is 0 without gradient.
+        row_mask: in the shape of the index. Where the mask is 0, the result is 0 without gradient.
     Returns:
-        in the shape of the index; float32.
+        Log-probabilities in the shape of the index; float32.
     Raises:
         ValueError, TypeError, IndexError: as `logprob`.
-        RuntimeError: one of K indices out of range.
+        RuntimeError: one of K indices is out of range.
     """
     op, leading = "selective_log_softmax", _leading(logits)
     several = index.ndim == logits.ndim
@@ -413,12 +417,12 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """trl's function of this name: the entropy of softmax(logits), in nats; [...] for logits [...,
-    V].
+    """Replacement for trl's function of this name: the entropy of softmax(logits), in nats; [...]
+    for logits [..., V].
 
-    Differences: float32, where trl's eager code returns the dtype of the logits; -inf logits
-    contribute nothing, where trl gives NaN. `chunk_size` changes nothing: one read and no softmax
-    in memory.
+    Differences: the result is float32, while trl's eager code returns the dtype of the logits. -inf
+    logits contribute nothing, while trl gives NaN. `chunk_size` has no effect: the logits are read
+    once and no softmax is stored.
     """
     ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return logprob(logits, ids, entropy=True, impl=_impl(logits))[1]

@@ -1,20 +1,21 @@
-"""advance_rows_: what a decoding step leaves behind it, in one launch. In place.
+"""advance_rows_: record the tokens of a decoding step and move its rows on, in place and in one
+launch.
 
     ring[cursor] = (token, logp), and the value of the state before the token, where one is given
     cursor += 1
     finished |= position >= last_position, or token in stops
-    token_id, positions = token, positions + 1      of rows that are not finished; the others stay
-                                                    as they are
+    token_id, positions = token, positions + 1      of rows that are not finished; finished rows
+                                                    stay as they are
 
-Shapes    R rows, W stop ids each, laid out [W, R]; a ring of K steps. positions [2, R]: of the
-          token to draw, and of the newest one, which moves with it.
-Bytes     a few integers a row: what counts is one launch in place of a dozen. On a GPU one program
-          does it, since the cursor has to move last.
+Shapes    R rows, W stop ids each, laid out [W, R]; a ring of K steps. positions [2, R] are those of
+          the token to draw and of the newest token; both advance together.
+Bytes     a few integers per row: the gain is one launch in place of a dozen. On a GPU a single
+          program does all rows, since the cursor has to move last.
 Numerics  integers; logp and values copied.
-Source    the state that continuous batching keeps of a sequence: Yu et al. (2022), Orca.
+Source    the per-sequence state of continuous batching: Yu et al. (2022), Orca.
 
-A row whose logits hold NaN draws -1 on a GPU (sampling/_triton.py). With -1 among its stop ids it
-then ends, and no embedding is asked for token -1.
+On a GPU, a row whose logits hold NaN draws token -1 (sampling/_triton.py). If -1 is among its stop
+ids, the row then ends, and token -1 is never looked up in an embedding.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def advance_rows_reference(
     values_R: Tensor | None = None,
     ring_values_KR: Tensor | None = None,
 ) -> None:
-    """The definition, on any device."""
+    """Compute the step by its definition, on any device."""
     ring_tokens_KR.index_copy_(0, cursor, drawn_R[None])
     ring_logp_KR.index_copy_(0, cursor, logp_R[None])
     if values_R is not None and ring_values_KR is not None:
@@ -205,26 +206,29 @@ def advance_rows_(
     *,
     impl: str | None = None,
 ) -> None:
-    """Record what R rows drew, mark those that end, move the others on. All tensors contiguous. No
-    gradient.
+    """Record the tokens that R rows drew, mark the rows that end, and move the others to their next
+    position. All tensors must be contiguous. No gradient.
 
     Args:
-        drawn: [R] int64.
-        logp: [R] float32.
+        drawn: [R] int64, the drawn tokens.
+        logp: [R] float32, their log-probabilities.
         stops: [W, R] int64, the tokens that end a row.
-        last_positions: [R] int64; a row ends with a token drawn at this position or behind it.
-        token_ids: [R] int64, the newest tokens.
-        positions: [2, R] int64, of the token to draw and of the newest.
-        finished: [R] bool. Written in place.
-        ring_tokens, ring_logp: [K, R] int64 and float32; step `cursor` of them is written.
-        cursor: [1] int64 in [0, K); it moves on by one.
-        values: [R] float32 of the states before the tokens, into ring_values [K, R]; or neither.
+        last_positions: [R] int64. A row ends when it draws a token at this position or a later one.
+        token_ids: [R] int64, the newest token of each row. Written in place.
+        positions: [2, R] int64, those of the token to draw and of the newest token. Written in
+            place.
+        finished: [R] bool, True for rows that have ended. Written in place.
+        ring_tokens, ring_logp: [K, R] int64 and float32; row `cursor` of each is written.
+        cursor: [1] int64 in [0, K); increased by one, in place.
+        values: [R] float32 values of the states before the tokens, written into ring_values [K, R].
+            Give both or neither.
         impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device.
     Raises:
-        ValueError: sizes, strides or devices that do not agree.
-        TypeError: dtypes.
-        IndexError: the cursor (on a GPU nobody looks: such a step is recorded nowhere by Triton).
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, strides or devices do not agree.
+        TypeError: a dtype is not supported.
+        IndexError: the cursor is outside [0, K). A GPU does not check this; Triton then does not
+            record the step.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "advance_rows_"
     arguments = (

@@ -1,20 +1,21 @@
-"""fixed_linear: a linear layer whose rows do not depend on one another, to the last bit.
+"""fixed_linear: a linear layer in which each result row depends only on its own input row, to the
+last bit.
 
     y[n] = x[n] W^T + b      with a softcap then softcap tanh(y / softcap)
 
-A BLAS chooses the order of its sums by the number of rows, so the same row among others comes out
-with other bits. Here it has one order, which depends on the sizes of the weights alone; it is the
-order of `decode_step`'s own linear layers.
+A BLAS chooses the order of its sums by the number of rows, so the result of a row can change in its
+last bits when the number of rows changes. Here the order depends only on the sizes of the weights;
+`decode_step` uses the same order in its linear layers.
 
 Shapes    N rows, K inputs, O outputs.
-Bytes     the weights once a 64 rows; x and y once. 2 N K O flops.
-Numerics  float32 sums and results, whatever the dtype of the inputs ("torch": float64 for float64,
-          and the order is the BLAS's: it is the definition, not the promise).
-Triton    a program a tile of 64 rows and 64 outputs, whatever the number of rows; it walks K from
-          the front, 64 inputs at a time (float32 weights: 32 rows, 32 inputs). Where the weights
-          are bfloat16 and x is not, x is taken as the sum of two bfloat16 numbers, as
-          split_linear.py has it: 4 N K O flops. Float32 weights take no tensor cores. Not run on a
-          card in this project.
+Bytes     the weights once per 64 rows; x and y once. 2 N K O flops.
+Numerics  float32 sums and results, whatever the dtype of the inputs ("torch": float64 for float64;
+          it uses the order of the BLAS, so it defines the result but has no fixed order).
+Triton    one program per tile of 64 rows and 64 outputs, whatever the number of rows. It walks
+          along K from the front, 64 inputs at a time (float32 weights: 32 rows, 32 inputs). If the
+          weights are bfloat16 and x is not, x is split into a sum of two bfloat16 numbers as in
+          split_linear.py: 4 N K O flops. Float32 weights do not use tensor cores. Not run on a GPU
+          in this project.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _GROUP = 16
 
 
 def _tile(float32: bool) -> dict[str, int]:
-    """Part of the arithmetic: it follows the dtype of the weights alone."""
+    """Return the tile sizes. They determine the order of the sums, so they depend only on the dtype
+    of the weights."""
     return (
         {"ROWS": 32, "COLUMNS": 64, "STEP": 32}
         if float32
@@ -50,7 +52,8 @@ def _tile(float32: bool) -> dict[str, int]:
 def fixed_linear_reference(
     x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     wide = torch.promote_types(x_NK.dtype, torch.float32)
     y_NO = torch.nn.functional.linear(
         x_NK.to(wide), weight_OK.to(wide), None if bias_O is None else bias_O.to(wide)
@@ -199,22 +202,22 @@ def fixed_linear(
     softcap: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """x W^T + b with one order of summation. No gradient.
+    """Compute x W^T + b with a fixed order of summation. No gradient.
 
     Args:
         x: [N, K].
         weight: [O, K] and bias: [O] or None, in x's dtype; cpp and triton take float32 and
-            bfloat16. triton and torch also take x of float32 or float16 beside bfloat16 weights.
-        softcap: the results become softcap * tanh(results / softcap), by the same arithmetic
-            wherever they lie.
+            bfloat16. triton and torch also take float32 or float16 x with bfloat16 weights.
+        softcap: replaces the results by softcap * tanh(results / softcap), with the same arithmetic
+            for every element.
         impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device. "torch" has
             no fixed order.
     Returns:
         [N, O] float32 (float64 for float64).
     Raises:
-        ValueError: sizes or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "fixed_linear"
     check(op, {"x": (x, "N K"), "weight": (weight, "O K"), "bias": (bias, "O")})

@@ -1,5 +1,5 @@
-"""What the heads over a vocabulary share: products in float32, the room a chunk of logits may take,
-and the walk over tiles of their gradient."""
+"""Helpers for the ops with a head over a vocabulary: products in float32, the memory for a chunk of
+logits, and the loop over tiles of the gradient of the logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MEBI = 1 << 20
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 at least."""
+    """Return a @ b in float32 or float64."""
     if (narrow := _narrow(a, b)) is not None:
         return torch.mm(a.to(narrow), b.to(narrow), out_dtype=torch.float32)
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -23,7 +23,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b for a float32 `into`, in one product: there is no second tensor of its size."""
+    """Add a @ b to the float32 tensor `into`, without a second tensor of its size."""
     if (narrow := _narrow(a, b)) is not None:
         torch.addmm(into, a.to(narrow), b.to(narrow), out_dtype=torch.float32, out=into)
     else:
@@ -31,14 +31,14 @@ def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _narrow(a: Tensor, b: Tensor) -> torch.dtype | None:
-    """The dtype of two bytes that tensor cores take, where one of the two has it."""
+    """Return the two-byte dtype to use on tensor cores if `a` or `b` has one on CUDA, else None."""
     dtype = b.dtype if b.dtype.itemsize < a.dtype.itemsize else a.dtype
     return dtype if a.is_cuda and dtype.itemsize == 2 else None
 
 
 def workspace(workspace_bytes: int | None, N: int, V: int) -> int:
-    """Bytes for the chunk's float32 logits: those asked for, or the smaller of 256 MiB and an
-    eighth of the full logits, but at least 4 MiB."""
+    """Return the bytes for a chunk's float32 logits: `workspace_bytes` if given, else the smaller
+    of 256 MiB and an eighth of the full logits, but at least 4 MiB."""
     return (
         max(4 * _MEBI, min(256 * _MEBI, N * V * 4 // 8))
         if workspace_bytes is None
@@ -50,15 +50,14 @@ KEPT_BYTES = 64 * _MEBI
 
 
 def keeps_logits(workspace_bytes: int | None, kept_bytes: int) -> bool:
-    """Whether the C++ implementations keep so many bytes of logits from the forward to the
-    backward pass, which then need not be computed again: where all of them fit the workspace that
-    was asked for, or 64 MiB by default."""
+    """Whether the C++ implementations store `kept_bytes` of logits for the backward pass instead of
+    computing them again. They do so if all logits fit into `workspace_bytes` (64 MiB if None)."""
     return kept_bytes <= (KEPT_BYTES if workspace_bytes is None else workspace_bytes)
 
 
 def tile_of(elements: int, A: int, V: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most so many logits (at least one): as square as A and V
-    allow, with columns in whole cache lines."""
+    """Return the rows and columns of a tile of at most `elements` logits (at least one). The tile
+    is as square as A and V allow, and its columns fill whole cache lines."""
     R = max(1, min(A, math.isqrt(elements)))
     C = max(1, min(V, elements // R))
     C -= C % 64 if 64 < C < V else 0
@@ -75,12 +74,13 @@ def head_gradients(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias from those of the logits, a tile of them at a time; rows
-    not in `index_A` have none.
+    """Compute the gradients of hidden, weight and bias from those of the logits, one tile of logits
+    at a time. Rows not in `index_A` have no gradient.
 
-    `of_rows(index_R, hidden_RH)` prepares some rows, and what it returns gives their gradient [R,
-    C] at a slice of the vocabulary. Sums over tiles are float32. A tile is best square: hidden's
-    sums pass through memory V / C times and weight's A / R times. Those not asked for are empty.
+    `of_rows(index_R, hidden_RH)` prepares some rows. It returns a function that maps a slice of the
+    vocabulary to the gradient [R, C] of the rows' logits there. Sums over tiles are float32. A
+    square tile is best: the sums for hidden pass through memory V / C times, those for weight A / R
+    times. Gradients that are not requested are empty.
     """
     (R, C), A, V = tile, index_A.numel(), weight.shape[0]
     # with one block of rows there is no sum over blocks
@@ -130,7 +130,7 @@ def check_head(
     softcap: float | None,
     workspace_bytes: int | None,
 ) -> None:
-    """Raise TypeError or ValueError for dtypes and numbers that no head takes."""
+    """Raise TypeError or ValueError for dtypes and numbers that no op with a head supports."""
     check_dtype(op, "hidden", hidden, FLOATS if impl == "torch" else FLOATS[:3])
     check_dtype(op, "weight", weight, (hidden.dtype,))
     check_dtype(op, "bias", bias, (hidden.dtype,))

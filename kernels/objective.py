@@ -1,12 +1,12 @@
-"""What a policy update minimises, and how its tokens are weighted: descriptions and statistics of
-the losses in policy_loss/.
+"""Settings and statistics of the losses in policy_loss/: the policy terms that an update can
+minimise, and the weights of its tokens.
 
     l_t = correction_t * policy term_t (PolicyObjective, RolloutCorrection) + kl_coef * kl_t -
         entropy_coef * entropy_t
     loss = sum_t weights_t * l_t (token_weights)
 
-Shapes    N tokens, B sequences, T steps. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b +
-          1] of N, or the row b of [B, T].
+Shapes    N tokens, B sequences, T steps. Sequence b is the slice cu_seqlens[b] : cu_seqlens[b + 1]
+          of N, or row b of [B, T].
 Source    clip, kl_penalty: Schulman et al. (2017), eq. 7 and 8; the dual clip is Ye et al. (2020),
           eq. 5; gspo: Zheng et al. (2025), group sequence policy optimization; cispo: MiniMax-M1
           (2025); sapo: Gao et al. (2025), soft adaptive policy optimization; geometric_mean: Zhao
@@ -68,8 +68,8 @@ AGGREGATIONS = (
 # ---- what is minimised ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PolicyObjective:
-    """The policy term of the loss, per token: lp = logp, d = logp - old_logp, ratio = exp(d),
-    advantage A; sg[] is constant for the gradient.
+    """Kind and settings of the policy term of the loss. Per token, lp = logp, d = logp - old_logp,
+    ratio = exp(d), A is the advantage, and sg[] stops the gradient.
 
     "clip"            max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), and with
                       `dual_clip` c, where A < 0, at most -A c
@@ -89,17 +89,18 @@ class PolicyObjective:
                       else max(d, -clip_low): bounds of the log
                       ratio. A token beyond its bound has no gradient.
 
-    The last two need `cu_seqlens`; means are over a sequence's unmasked tokens. Written per token
-    they give every token its own advantage and weight; where both are constant in a sequence (the
-    weights of sequence_mean_token_mean) they are the sequence objective, gradient included.
+    "gspo" and "geometric_mean" need `cu_seqlens`; their means are over a sequence's unmasked
+    tokens. They are written per token, so every token has its own advantage and weight. If both are
+    constant within a sequence (as with sequence_mean_token_mean), value and gradient equal those of
+    the sequence objective.
 
-    A field left at None takes its kind's default: clip 0.2 and 0.2 with no dual clip; gspo 3e-4 and
-    4e-4 (at 0.2 it never clips); geometric_mean 0.4 and 0.4; cispo 5.0; sapo 1.0 and 1.05; beta
-    1.0.
+    A field that is None takes the default of its kind: clip 0.2 and 0.2 with no dual clip; gspo
+    3e-4 and 4e-4 (at 0.2 it never clips); geometric_mean 0.4 and 0.4; cispo 5.0; sapo 1.0 and 1.05;
+    beta 1.0.
 
     Raises:
-        ValueError: an unknown kind, a number out of range, or a field that the kind does not use
-            and that is not None.
+        ValueError: the kind is unknown, a number is out of range, or a field that the kind does not
+            use is not None.
     """
 
     kind: str = "clip"
@@ -159,8 +160,8 @@ class PolicyObjective:
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        """(lower, upper, dual): where the ratio (geometric_mean: its logarithm) stops to count;
-        infinite where there is no bound."""
+        """(lower, upper, dual) bounds of the ratio (geometric_mean: of its logarithm); infinite
+        where there is no bound."""
         if self.clip_max is not None:
             return -math.inf, self.clip_max, math.inf
         if self.clip_low is None or self.clip_high is None:
@@ -174,7 +175,7 @@ class PolicyObjective:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Return the objective's own numbers among COEFFICIENTS: the bounds, tau_positive,
+        """Return those of COEFFICIENTS that the objective sets: the bounds, tau_positive,
         tau_negative, beta; tau 1 and beta 0 where unused."""
         lower, upper, dual = self.bounds
         return {
@@ -189,23 +190,23 @@ class PolicyObjective:
 
 @dataclass(frozen=True)
 class RolloutCorrection:
-    """Importance weights of tokens that another program sampled: w = exp(old_logp - rollout_logp),
-    detached, times the policy term.
+    """Importance weights for tokens that another program sampled: the policy term is multiplied by
+    w = exp(old_logp - rollout_logp), detached.
 
-    The log of a weight is cut at +-20. Do not use it where old_logp is the rollout's own: the
-    weight is then 1.
+    The log of a weight is clamped at +-20. Do not use this correction if old_logp comes from the
+    rollout itself: every weight is then 1.
 
     Attributes:
-        kind: "truncated": min(w, cap). "masked": w, and 0 where w > cap or w < floor, so that such
-            tokens drop out of the policy term. "sequence_masked": w, and 0 at all tokens of a
-            sequence whose geometric mean of w is above cap or below floor (needs cu_seqlens).
-        level: "token": one w a token. "sequence": their product over the sequence's unmasked
-            tokens, for each of them (needs cu_seqlens).
+        kind: "truncated": min(w, cap). "masked": w, but 0 where w > cap or w < floor, which removes
+            such tokens from the policy term. "sequence_masked": w, but 0 at all tokens of a
+            sequence if the geometric mean of its w is above cap or below floor (needs cu_seqlens).
+        level: "token": one w per token. "sequence": every token of a sequence gets the product of w
+            over the sequence's unmasked tokens (needs cu_seqlens).
         cap, floor: bounds of w, as `kind` uses them.
 
     Raises:
-        ValueError: an unknown kind or level, a cap that is not above 0, a floor out of [0, cap) or
-            with "truncated".
+        ValueError: the kind or level is unknown, the cap is not above 0, or the floor is outside
+            [0, cap) or given with "truncated".
     """
 
     kind: str = "truncated"
@@ -241,24 +242,26 @@ class RolloutCorrection:
 class PolicyStats(NamedTuple):
     """Statistics of the policy term: 0-d float32 tensors on the device of the loss, detached.
 
-    Means are over unmasked tokens, each counting one whatever its weight. The statistics of ratios
-    are those of the tokens' own ratios, whatever the kind.
+    Means are over unmasked tokens and ignore the tokens' weights. Statistics of ratios use the
+    ratio of each token, also for kinds that use a ratio of the sequence.
 
     Attributes:
         loss: sum of weights * (correction * policy term + kl_coef * kl - entropy_coef * entropy).
-        clip_fraction_low, clip_fraction_high, clip_fraction_dual: tokens whose gradient a bound
-            removed: ratio < 1 - clip_low with A < 0, ratio > 1 + clip_high with A > 0, ratio >
-            dual_clip with A < 0 (gspo: the sequence's ratio; geometric_mean: the log ratio and its
-            bounds). With cispo clip_fraction_high counts the ratios above clip_max, whose gradient
-            it shortens.
+        clip_fraction_low, clip_fraction_high, clip_fraction_dual: fraction of tokens whose gradient
+            a bound removed: ratio < 1 - clip_low with A < 0, ratio > 1 + clip_high with A > 0,
+            ratio > dual_clip with A < 0 (gspo: the sequence's ratio; geometric_mean: the log ratio
+            and its bounds). For cispo clip_fraction_high is the fraction of ratios above clip_max,
+            whose gradient is capped.
         approx_kl_k1, approx_kl_k2, approx_kl_k3: KL(old || new) estimated by the means of -d,
             d^2 / 2 and exp(d) - 1 - d, where d = logp - old_logp.
-        ratio_mean, ratio_min, ratio_max: 1 without tokens.
+        ratio_mean, ratio_min, ratio_max: mean, minimum and maximum of the ratio; 1 if there are no
+            tokens.
         effective_sample_size: (sum ratio)^2 / sum ratio^2, in tokens.
-        clamped_fraction: tokens with |d| > 20, where the exponential is cut and its gradient 0.
-        ref_kl: of the estimator of the KL term; 0 without a reference.
-        entropy: 0 when none is given.
-        correction_mean: of the rollout correction's weights; 1 without.
+        clamped_fraction: fraction of tokens with |d| > 20, where the exponential is clamped and its
+            gradient 0.
+        ref_kl: mean KL to the reference, by the estimator of the KL term; 0 without a reference.
+        entropy: mean of the given entropy; 0 if none is given.
+        correction_mean: mean of the rollout correction's weights; 1 without a correction.
         tokens: how many were unmasked.
     """
 
@@ -283,14 +286,14 @@ class PolicyStats(NamedTuple):
 class ValueStats(NamedTuple):
     """Statistics of the value term: 0-d float32 tensors on the device of the loss, detached.
 
-    Means are over unmasked tokens, each counting one whatever its weight.
+    Means are over unmasked tokens and ignore the tokens' weights.
 
     Attributes:
         loss: sum of weights * value term, without the coefficient.
-        clip_fraction: tokens whose gradient the clip removed.
+        clip_fraction: fraction of tokens whose gradient the clip removed.
         explained_variance: 1 - Var(returns - values) / Var(returns); 0 where the returns vary by
             less than float32 resolves.
-        value_mean, return_mean: of the values and of their targets.
+        value_mean, return_mean: mean of the values, and of the returns that are their targets.
         tokens: how many were unmasked.
     """
 
@@ -310,29 +313,29 @@ def token_weights(
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Weights of tokens in a loss, 0 where masked.
+    """Compute the weight of each token in a loss; masked tokens get 0.
 
-    Compute them once for everything that one optimizer step sees and cut them like the tokens: the
-    denominators are then those of the whole, so any split into micro-batches adds up to the same
-    gradient, and nothing is divided again.
+    Compute the weights once for all tokens of one optimizer step, then split them into
+    micro-batches together with the tokens. The denominators are then those of the whole step. So
+    every split adds up to the same gradient, without another division.
 
     Args:
-        mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts;
-            None: every token of `cu_seqlens` does (one read by the host).
-        aggregation: with n_b unmasked tokens in sequence b, and S sequences that have any, an
-            unmasked token weighs "token_mean" 1 / sum_b n_b; "sequence_mean_token_mean" 1 / (S
-            n_b); "sequence_mean_token_sum" 1 / S; "sequence_sum_norm" 1 / (S max_length);
-            "token_sum" 1.
-        cu_seqlens: [B + 1] int32 or int64, from 0 to N; needed by the sequence aggregations for a
-            packed mask.
-        max_length: the constant of "sequence_sum_norm": the longest completion allowed, not the
-            longest seen.
+        mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts. If
+            None, every token of `cu_seqlens` counts (the host reads one number).
+        aggregation: how to weight tokens. With n_b unmasked tokens in sequence b, and S sequences
+            that have unmasked tokens, the weight of an unmasked token is "token_mean" 1 / sum_b
+            n_b; "sequence_mean_token_mean" 1 / (S n_b); "sequence_mean_token_sum" 1 / S;
+            "sequence_sum_norm" 1 / (S max_length); "token_sum" 1.
+        cu_seqlens: [B + 1] int32 or int64, from 0 to N; needed by the sequence aggregations if the
+            mask is packed.
+        max_length: constant in "sequence_sum_norm": the largest allowed length of a completion, not
+            the largest one in the batch.
     Returns:
-        float32 in the shape of the mask; all 0 when nothing is unmasked.
+        float32 in the shape of the mask; all 0 if every token is masked.
     Raises:
-        ValueError: an unknown aggregation, a missing or superfluous argument, sizes that do not
-            agree.
-        TypeError: dtypes.
+        ValueError: the aggregation is unknown, an argument is missing or superfluous, or sizes do
+            not agree.
+        TypeError: a dtype is not supported.
     """
     op = "token_weights"
     if aggregation not in AGGREGATIONS:
@@ -382,8 +385,8 @@ def token_weights(
 def _per_sequence(
     op: str, mask: Tensor, cu_seqlens: Tensor | None, padded: bool
 ) -> tuple[Tensor, Tensor]:
-    """Unmasked tokens of each token's sequence (broadcastable to the mask), and the number of
-    sequences that have any."""
+    """Return the number of unmasked tokens in each token's sequence (broadcastable to the mask),
+    and the number of sequences that have unmasked tokens."""
     if padded:
         counts_B = mask.sum(1)
         return counts_B[:, None], (counts_B > 0).sum()
@@ -403,7 +406,7 @@ def _per_sequence(
 
 # ---- what a token takes from its sequence --------------------------------------------------------
 def check_bounds(op: str, cu_seqlens: Tensor, N: int) -> None:
-    """Raise ValueError unless `cu_seqlens` [B + 1], on the CPU, rises from 0 to N."""
+    """Raise ValueError unless `cu_seqlens` [B + 1], a CPU tensor, rises from 0 to N."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != N or bool((cu_seqlens.diff() < 0).any()):
@@ -414,7 +417,7 @@ def check_bounds(op: str, cu_seqlens: Tensor, N: int) -> None:
 
 
 def sequence_sum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Each token's sum over its sequence, in double."""
+    """Return, for each token, the sum of x over the token's sequence, in double."""
     lengths_B = cu_seqlens.long().diff()
     sums_B = torch.segment_reduce(x_N.double(), "sum", lengths=lengths_B, unsafe=True, initial=0.0)
     return torch.repeat_interleave(sums_B, lengths_B, output_size=x_N.numel())
@@ -428,7 +431,8 @@ def sequence_log_ratio(
     live_N: Tensor,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    """log s of each token's sequence, as "gspo" or "geometric_mean" defines it; [N], detached."""
+    """Return log s of each token's sequence, as "gspo" or "geometric_mean" defines s; [N],
+    detached."""
     d = torch.where(live_N, logp_N.detach() - old_logp_N.detach(), 0)
     if objective.kind == "geometric_mean":
         low, high, _ = objective.bounds
@@ -447,7 +451,8 @@ def rollout_weights(
     live_N: Tensor,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """The factors of `correction` on each token's policy term; [N], detached."""
+    """Return the factor by which `correction` multiplies each token's policy term; [N],
+    detached."""
     each = log_w = torch.where(live_N, old_logp_N.detach() - rollout_logp_N.detach(), 0)
     if correction.level == "sequence" and cu_seqlens is not None:
         log_w = sequence_sum(each, cu_seqlens).to(each.dtype)

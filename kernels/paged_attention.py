@@ -1,28 +1,29 @@
-"""paged_attention: one query token a row over the paged KV cache, o = sum_t softmax_t(z) v_t.
+"""paged_attention: attention of one query token per row over the paged KV cache, o = sum_t
+softmax_t(z) v_t.
 
     z_t = c tanh(scale q . k_t / c), or scale q . k_t without a softcap c
     for t from max(0, len - window) to len - 1 of the row
 
-Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the
-          latter), D head dim, M blocks a row of the table, S positions a block. One layer's caches
-          as kv_cache fills them: K transposed inside a block, [blocks, Hkv, D, S].
-Bytes     2 Hkv D s a cached position, once. Triton adds Hq (D + 2) floats, written and read, a
-          split of 256 positions: 3% at 4 query heads a group.
+Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv query heads share one key/value
+          head), D head dim, M blocks per row of the table, S positions per block. The caches of one
+          layer, as kv_cache fills them: K transposed inside a block, [blocks, Hkv, D, S].
+Bytes     2 Hkv D s per cached position, once. Triton adds Hq (D + 2) floats, written and read, per
+          split of 256 positions: 3% with 4 query heads per group.
 Numerics  softmax and sums in float32, one rounding at the end; Triton rounds the softmax's weights
-          to the dtype of V before their product, as every tensor-core attention does. A row's bits
-          depend on the row alone: neither on its companions nor on the table's width. What lies in
-          slots beyond a row's length, or in blocks that it does not need, never reaches a result,
-          NaN included.
+          to the dtype of V before their product, as every tensor-core attention does. The bits of a
+          row's result depend only on that row: neither on the other rows nor on the table's width.
+          Slots beyond a row's length, and blocks that the row does not need, never affect its
+          result, even if they hold NaN.
 Source    Vaswani et al. (2017), eq. 1; Kwon et al. (2023), PagedAttention; splits merged as in Dao
-          et al. (2023), Flash-Decoding, but cut every 256 positions, whatever the batch: a number
-          of splits that follows the load would make the arithmetic follow it too.
+          et al. (2023), Flash-Decoding, but with a split every 256 positions, whatever the batch.
+          If the number of splits depended on the load, the arithmetic would, too.
 
-Triton runs one program a (row, key/value head, split). The lengths are on the device, so the grid
-covers the table's width and a program beyond its row's length ends after one load; the table should
-be no wider than the longest row needs. `tl.dot` wants 16 rows: a group of fewer query heads is
-padded. The padding costs multiplications only, of which tensor cores have ten times what reading
-the cache leaves time for (16 heads x 2 flops an element at 2.4e12 elements/s is 77 TFLOP/s), and
-one code path serves every group size. A larger group takes several programs of 16 heads.
+Triton runs one program per (row, key/value head, split). The lengths are on the device, so the grid
+covers the table's width, and a program beyond its row's length ends after one load. The table
+should therefore be no wider than the longest row needs. `tl.dot` needs 16 rows, so a group of fewer
+query heads is padded. Padding costs only multiplications, and tensor cores can do ten times more of
+them in the time of reading the cache (16 heads x 2 flops an element at 2.4e12 elements/s is 77
+TFLOP/s). One code path serves every group size. A larger group takes several programs of 16 heads.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def paged_attention_reference(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle). It gathers
-    every row's whole cache."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result. Gathers the whole cache of every row."""
     B, heads, D = q_BHD.shape
     wide = torch.promote_types(q_BHD.dtype, torch.float32)
     blocks, kv_heads, size, M = (
@@ -95,7 +96,7 @@ if triton is not None:
 
     @triton.jit
     def _tanh(x):
-        """From exp, and from its series near 0, where 1 - exp(-2|x|) cancels."""
+        """Compute tanh from exp; near 0, where 1 - exp(-2|x|) cancels, from the series of tanh."""
         squared = x * x
         series = x * (
             1.0
@@ -108,7 +109,7 @@ if triton is not None:
 
     @triton.jit
     def _span(lens_ptr, b, window, SPLIT: tl.constexpr):
-        """(first position seen, length, first split, splits) of row b."""
+        """Return (first position seen, length, first split, splits) of row b."""
         length = tl.load(lens_ptr + b).to(tl.int32)
         first = tl.maximum(length - window, 0)
         return first, length, first // SPLIT, tl.cdiv(length, SPLIT) - first // SPLIT
@@ -244,7 +245,7 @@ if triton is not None:
         tl.store(out_ptr + head * D + d, acc / total, mask=d < D)
 
     def _offline(dtype: str, group: int, D: int, S: int, capped: bool = False) -> dict[str, dict]:
-        """Entries for both kernels."""
+        """Return the specialisations of both kernels to compile offline."""
         shape, part = (
             _shape(D, 4 if dtype == "fp32" else 2),
             dict.fromkeys(("max_ptr", "sum_ptr", "acc_ptr"), "*fp32"),
@@ -307,8 +308,9 @@ def _shape(D: int, bytes_: int) -> dict[str, int]:
 
 
 def _stages(D: int, bytes_: int) -> int:
-    """Of the loop: the pipeliner spends some on looking blocks up, and of five keeps two tiles of K
-    and V in flight. Float32 heads of 256 want 97 KB then."""
+    """Return the number of pipeline stages of the loop. The pipeliner spends some stages on block
+    look-ups; with five stages two tiles of K and V are in flight. With five, float32 heads of 256
+    would need 97 KB."""
     return 5 if D * bytes_ <= 512 else 3
 
 
@@ -402,7 +404,8 @@ if native.capability:
 def _check_ranges(
     table_BM: Tensor, lens_B: Tensor, blocks: int, size: int, window: int | None
 ) -> None:
-    """What the cpp op checks itself: torch's indexing would take a negative entry from the end."""
+    """Check the ranges for the torch implementation; the cpp op checks them itself. torch's
+    indexing would silently take a negative entry from the end."""
     M = table_BM.shape[1]
     if bool(((lens_B < 0) | (lens_B > M * size)).any()):
         raise IndexError(
@@ -435,8 +438,8 @@ def paged_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention of the newest token of each row over the row's cached positions, its own included.
-    No gradient.
+    """Compute attention of each row's newest token over the row's cached positions, including the
+    token's own. No gradient.
 
     Args:
         q: [B, Hq, D]; Hq a multiple of Hkv.
@@ -444,21 +447,22 @@ def paged_attention(
             contiguous ("torch" takes any strides).
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot
             p % S. Entries that no row needs may hold anything.
-        context_lens: [B] int32 or int64, the cached positions of each row, 0 to M S; a row with
-            none gives zeros.
-        window: only the last `window` positions are seen; None: all.
-        softcap: scores become softcap * tanh(scores / softcap).
-        scale: of the scores; D ** -0.5 by default.
+        context_lens: [B] int32 or int64, the number of cached positions of each row, 0 to M S. A
+            row of length 0 gives zeros.
+        window: a query sees only the last `window` positions. If None, all.
+        softcap: replaces the scores by softcap * tanh(scores / softcap). If None, they stay
+            unchanged.
+        scale: factor of the scores; D ** -0.5 by default.
         impl: "cpp" (CPU; not float64), "triton" (not float64; D up to 256) or "torch"; by default
             the best one for the device.
     Returns:
         [B, Hq, D], in q's dtype.
     Raises:
-        IndexError: a length, or an entry that a row needs, out of range: on CPU tensors. On a GPU
-            nobody looks: such a call reads other memory.
-        ValueError: sizes, strides, devices or limits that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        IndexError: on CPU tensors, a length or a needed block_table entry is out of range. On a GPU
+            this is not checked: such a call reads unrelated memory.
+        ValueError: sizes, strides, devices or limits do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "paged_attention"
     check(

@@ -4,12 +4,13 @@
     K-wise     mean over prompts of (mean over the prompt's pairs with rank_w < rank_l of -log
                sigmoid(s_w - s_l))
 
-Shapes    B pairs, one score each; or M scores of B prompts, prompt b owning cu_groups[b] :
-          cu_groups[b + 1].
-Bytes     12 B read and 4 B written: nothing; one call instead of six is the point on small batches.
-          K-wise torch forms M x M differences. Triton is one launch of one program for the pairs.
-          K-wise it is two: a program a prompt for K x K comparisons in tiles (twice: the number of
-          pairs divides the slopes), then a mean over the prompts and its share of the slopes.
+Shapes    pairwise: B pairs of scores. K-wise: M scores of B prompts; prompt b has the scores
+          cu_groups[b] : cu_groups[b + 1].
+Bytes     12 B read and 4 B written, which is negligible; on small batches the gain is one call
+          instead of six. K-wise, torch forms M x M differences. Pairwise, Triton is one launch of
+          one program. K-wise, Triton is two launches. The first has one program per prompt, for K x
+          K comparisons in tiles (twice, since the number of pairs divides the slopes). The second
+          takes the mean over the prompts and scales the slopes.
 Numerics  softplus(-d) in its stable form: finite, with the right slope, for any finite d. Sums in a
           fixed order, over pairs or prompts in float64.
 Source    Bradley and Terry (1952); Stiennon et al. (2020), eq. 1; the margin is Llama 2's (Touvron
@@ -42,15 +43,15 @@ _TILE = 16  # completions of a prompt, compared with as many
 def pairwise_ranking_loss_reference(
     chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None = None
 ) -> Tensor:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     difference = chosen_B - rejected_B if margin_B is None else chosen_B - rejected_B - margin_B
     return F.softplus(-difference).sum() / max(1, difference.numel())
 
 
 def kwise_ranking_loss_reference(scores_M: Tensor, ranks_M: Tensor, cu_groups: Tensor) -> Tensor:
-    """The definition over all M x M pairs, differentiable, on any device and in any float dtype
-    (float64 is the oracle)."""
+    """Compute the result by its definition over all M x M pairs, differentiably, on any device and
+    in any float dtype. Tests measure the other implementations against its float64 result."""
     group_M = torch.searchsorted(
         cu_groups[1:], torch.arange(len(scores_M), device=scores_M.device), right=True
     )
@@ -69,7 +70,7 @@ if triton is not None:
 
     @triton.jit
     def _terms(d):
-        """softplus(-d), sigmoid(-d) and sigmoid(d)."""
+        """Return softplus(-d), sigmoid(-d) and sigmoid(d)."""
         e = tl.exp(-tl.abs(d))
         large = 1.0 / (1.0 + e)
         small = e * large
@@ -101,7 +102,8 @@ if triton is not None:
     def _kwise_kernel(
         scores_ptr, ranks_ptr, cu_groups_ptr, slope_ptr, mean_ptr, paired_ptr, TILE: tl.constexpr
     ):
-        """Of one prompt the mean over its pairs, the slope of that, and whether it has a pair."""
+        """Compute, for one prompt, the mean over its pairs, the slopes of this mean, and whether
+        the prompt has a pair."""
         b = tl.program_id(0)
         start, end = tl.load(cu_groups_ptr + b), tl.load(cu_groups_ptr + b + 1)
         lane = tl.arange(0, TILE)
@@ -191,8 +193,8 @@ if triton is not None:
 def _pairwise_triton(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative by `chosen` for a unit upstream gradient, which by the others is
-    the opposite."""
+    """Return the loss and d loss / d chosen for a unit upstream gradient. The derivatives with
+    respect to `rejected` and `margin` are its negative."""
     chosen, rejected, margin = (
         chosen.contiguous(),
         rejected.contiguous(),
@@ -205,7 +207,7 @@ def _pairwise_triton(
 
 @torch.library.custom_op("fusedrl::kwise_ranking_loss_triton", mutates_args=())
 def _kwise_triton(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative by `scores` for a unit upstream gradient."""
+    """Return the loss and d loss / d scores for a unit upstream gradient."""
     M, B = scores.numel(), cu_groups.numel() - 1
     loss, slope_M = (
         scores.new_empty(()),
@@ -268,21 +270,22 @@ _kwise_triton.register_autograd(_kwise_backward, setup_context=_setup_context)
 def pairwise_ranking_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, *, impl: str | None = None
 ) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin): the Bradley-Terry loss of a pairwise reward
-    model.
+    """Compute the mean of -log sigmoid(chosen - rejected - margin): the Bradley-Terry loss of a
+    pairwise reward model.
 
     Args:
         chosen, rejected: [B] scores of the preferred and the other completion, of one dtype
             (float32; the torch implementation also float64).
-        margin: [B], by how much the preferred one should win; None is 0.
+        margin: [B], by how much the score of the preferred completion should exceed the other. If
+            None, 0.
         impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        A scalar; 0 for no pairs. Differentiable in all three ("cpp" and "triton" once: a double
-        backward raises).
+        A scalar, 0 if there are no pairs. Differentiable in chosen, rejected and margin ("cpp" and
+        "triton" once: a double backward raises).
     Raises:
-        ValueError: sizes or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "pairwise_ranking_loss"
     check(op, {"chosen": (chosen, "B"), "rejected": (rejected, "B"), "margin": (margin, "B")})
@@ -301,24 +304,24 @@ def pairwise_ranking_loss(
 def kwise_ranking_loss(
     scores: Tensor, ranks: Tensor, cu_groups: Tensor, *, impl: str | None = None
 ) -> Tensor:
-    """The loss of a reward model from K ranked completions of each prompt, all its pairs together;
-    K may differ from prompt to prompt.
+    """Compute the loss of a reward model over all pairs of K ranked completions of each prompt. K
+    may differ from prompt to prompt.
 
     Args:
-        scores: [M] float32 (the torch implementation also float64), the completions of a prompt
-            side by side.
-        ranks: [M] int64 or int32, 1 is best (only their order matters); completions of equal rank
-            form no pair.
-        cu_groups: [B + 1] int32, ascending from 0 to M: where each prompt's completions begin
-            (checked on CPU by "cpp").
+        scores: [M] float32 (the torch implementation also float64), the completions of one prompt
+            next to each other.
+        ranks: [M] int64 or int32, lower is better; only their order matters. Completions of equal
+            rank form no pair.
+        cu_groups: [B + 1] int32, ascending from 0 to M: the index at which each prompt's
+            completions begin, then M (checked on CPU by "cpp").
         impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        A scalar: the mean over a prompt's pairs, then over the prompts that have one; 0 if none
-        has. Differentiable in scores ("cpp" and "triton" once).
+        A scalar: the mean over each prompt's pairs, then the mean over the prompts that have pairs;
+        0 if no prompt has pairs. Differentiable in scores ("cpp" and "triton" once).
     Raises:
-        ValueError: sizes, devices or cu_groups.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices or cu_groups do not fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "kwise_ranking_loss"
     check(op, {"scores": (scores, "M"), "ranks": (ranks, "M"), "cu_groups": (cu_groups, "B+1")})

@@ -1,18 +1,19 @@
-"""rms_norm: y = weight * x / rms(x) over the last dimension, optionally of x + residual, whose sum
-is returned too.
+"""rms_norm: y = weight * x / rms(x) over the last dimension. With a residual, x + residual is
+normalised in place of x, and this sum is returned too.
 
     rstd = (mean(x^2) + eps)^-1/2      u = x rstd      y = weight * u
     dx   = rstd (dy weight - u mean(dy weight u))      dweight = sum over rows of dy u
 
-With an offset, offset + weight stands for weight.
+With an offset, offset + weight replaces weight.
 
 Shapes    N tokens of H values, or N tokens of several heads of H values each (QK-norm); weight [H].
 Bytes     forward 2 N H s (read, write), 4 with a residual (two of each); backward 3 (4 with a
           gradient of the sum).
-Numerics  those of transformers' LlamaRMSNorm: float32 up to u, rounded to the dtype, times the
-          weight, rounded; with an offset those of Gemma's: float32 up to y, offset + weight
-          included. x + residual is rounded before it is normalised. The weight's gradient is summed
-          in float32 in an order that depends on the number of rows alone: no atomics.
+Numerics  as in transformers' LlamaRMSNorm: float32 up to u, which is rounded to the dtype,
+          multiplied by the weight, and rounded again. With an offset, as in Gemma's norm: float32
+          up to y, offset + weight included. x + residual is rounded before it is normalised. The
+          weight's gradient is summed in float32, without atomics, in an order that depends only on
+          the number of rows.
 Source    Zhang and Sennrich (2019), Root Mean Square Layer Normalization, eq. 4.
 """
 
@@ -42,8 +43,9 @@ _PROGRAMS = 512  # of the backward, each with a sum of its own for the weight's 
 def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(y, what was normalised) by definition, differentiable, on any device and in any float dtype
-    (float64 is the oracle)."""
+    """Compute (y, normalised input) by definition, differentiably, on any device and in any float
+    dtype. The second is x + residual. Tests measure the other implementations against its float64
+    result."""
     x = x if residual is None else x + residual
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -149,7 +151,7 @@ if triton is not None:
             )
 
     def _offline(dtype: str, H: int, heads: int, residual: bool) -> dict[str, dict]:
-        """Entries for both kernels."""
+        """Return the specialisations of both kernels to compile offline."""
         tile = _tile(H)
         name, constexprs = (
             f"{dtype}_{H}{'_residual' if residual else ''}",
@@ -365,24 +367,24 @@ def rms_norm(
     offset: float = 0.0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """weight * x / rms(x) over the last dimension, or the same of x + residual.
+    """Compute weight * x / rms(x) over the last dimension, or the same for x + residual.
 
     Args:
-        x: [N, H], or [N, heads, H] for a norm of every head; its last dimension is contiguous, the
-            strides of the others are free.
+        x: [N, H], or [N, heads, H] to normalise every head. The last dimension must be contiguous;
+            the other strides are free.
         weight: [H], of x's dtype.
         eps: added to the mean of the squares.
-        residual: as x; None is no residual.
+        residual: tensor in the shape and dtype of x, added to x first. If None, nothing is added.
         offset: added to the weight, in float32.
         impl: "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default
             the best one for the device.
     Returns:
-        y, as x; with a residual (y, x + residual), the second for the next residual connection.
-        Differentiable in x, weight and residual.
+        y, in the shape and dtype of x. With a residual: (y, x + residual), the second for the next
+        residual connection. Differentiable in x, weight and residual.
     Raises:
-        ValueError: sizes, strides or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, strides or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op, pattern = "rms_norm", "N heads H" if getattr(x, "ndim", 2) == 3 else "N H"
     H = check(op, {"x": (x, pattern), "weight": (weight, "H"), "residual": (residual, pattern)})[-1]

@@ -1,16 +1,16 @@
-"""rope: rotary position embedding of queries and keys in one call, the halves of a head being the
-two coordinates.
+"""rope: rotary position embedding of queries and keys in one call. Element i of a head's first half
+and element i of its second half form the rotated pair.
 
     y[i]       = x[i] cos[i] - x[i + D/2] sin[i]
     y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]
 
-The gradient is the inverse rotation: the same with -sin.
+The gradient is the inverse rotation: the same formulas with -sin.
 
-Shapes    N tokens, Hq query and Hkv key heads of D values; the angles' cos and sin [N, D/2].
-Bytes     2 N (Hq + Hkv) D s (read, write), either way. q and k may be slices of the fused
-          projection's output: they are read where they lie.
-Numerics  float32 inside, rounded once to the dtype. The angles' cos and sin are those of
-          `RopeTable`: exact products of position and frequency, cos and sin in float64, rounded
+Shapes    N tokens, Hq query and Hkv key heads of D values; cos and sin of the angles, [N, D/2].
+Bytes     2 N (Hq + Hkv) D s (read, write), forward and backward. q and k may be slices of the fused
+          projection's output; they are read in place.
+Numerics  float32 inside, rounded once to the dtype. cos and sin come from `RopeTable`: the products
+          of position and frequency are exact, and cos and sin are computed in float64 and rounded
           once. A float32 angle is off by up to 0.002 at position 40,000.
 Source    Su et al. (2021), RoFormer, eq. 34; the rotate-half layout is GPT-NeoX's.
 """
@@ -35,8 +35,8 @@ _TILE = 1024  # pairs
 
 # ---- reference -----------------------------------------------------------------------------------
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
 
@@ -54,8 +54,9 @@ _STEP, _CHUNK = 256, 1 << 14  # positions
 
 
 def _exact(inv_freq_TP: Tensor, positions: range) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, [tables, positions, P] float64: a product of 17 bits and
-    24 is exact, and scalar functions know no neighbours."""
+    """Return cos and sin of position x frequency, [tables, positions, P] float64. The product of a
+    17-bit and a 24-bit number is exact. Scalar cos and sin are used because a vector function's
+    result can depend on the other values of a vector."""
     tables, pairs = inv_freq_TP.shape
     angles = [p * w for table in inv_freq_TP.tolist() for p in positions for w in table]
     cos, sin = (
@@ -88,22 +89,22 @@ def _(inv_freq: Tensor, scale: float, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(count: int) -> int:
-    """How many positions a table holds that was asked for `count`."""
+    """Return the number of positions that a table stores when `count` positions are requested."""
     return max(_STEP, 1 << (count - 1).bit_length())
 
 
 class RopeTable:
-    """cos and sin of every position's angles, for all who turn queries and keys: sampler, scorer
-    and trainer read the same numbers.
+    """Table of cos and sin of every position's angles. Sampler, scorer and trainer all rotate
+    queries and keys with the numbers of this table.
 
-    An entry is a function of its position and its frequency alone, on every machine and device. A
-    vector library's cos is not: it takes another path for all values of a vector where one of them
-    is large, and the bits of the others follow. So position 256 h + l is composed of 256 h and l by
-    the addition theorems, in float64, and rounded once.
+    An entry depends only on its position and its frequency, on every machine and device. The cos of
+    a vector library does not have this property: if one value of a vector is large, it computes the
+    whole vector in another way, which changes the bits of the other values. So position 256 h + l
+    is composed from 256 h and l by the addition theorems, in float64, and rounded once.
 
-    inv_freq: [tables, P] or [P] frequencies, float32; P <= D / 2: of each head the first 2 P values
-    turn. scale: multiplies cos and sin. device: where the tables are kept. They hold 8 P bytes a
-    position and table, and grow by powers of two as positions are asked for.
+    inv_freq: [tables, P] or [P] frequencies, float32, with P <= D / 2; the first 2 P values of each
+    head are rotated. scale: multiplies cos and sin. device: where the tables are stored. The tables
+    take 8 P bytes per position and table, and grow by powers of two as positions are requested.
     """
 
     def __init__(
@@ -123,16 +124,16 @@ class RopeTable:
 
     @property
     def pairs(self) -> int:
-        """P: how many pairs of a head's values turn."""
+        """P, the number of rotated pairs per head."""
         return self.inv_freq.shape[1]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """(cos, sin) as they are now. They move when they grow."""
+        """The current (cos, sin). Growing replaces these tensors by larger ones."""
         return self._cos, self._sin
 
     def upto(self, count: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), [tables, positions, P] float32 each, of at least the first `count`
+        """Return (cos, sin), each [tables, positions, P] float32, for at least the first `count`
         positions."""
         if count > self._cos.shape[1]:
             with torch.inference_mode(False):  # what is kept must serve autograd, too
@@ -140,14 +141,14 @@ class RopeTable:
         return self._cos, self._sin
 
     def bytes_upto(self, count: int) -> int:
-        """Return the bytes that the tables take once `count` positions were asked for."""
+        """Return the bytes that the tables take once `count` positions have been requested."""
         return 8 * self.inv_freq.numel() * _rounded(count)
 
     def at(
         self, positions_N: Tensor, count: int, dtype: torch.dtype
     ) -> list[tuple[Tensor, Tensor]]:
-        """cos and sin, [N, P], of each table at these positions, all below `count`. In float64 for
-        float64, as an oracle wants them; else float32."""
+        """Return (cos, sin), each [N, P], of each table at these positions, all below `count`. They
+        are float64 if `dtype` is float64, for references in tests; else float32."""
         if dtype == torch.float64:
             turns = [
                 positions_N.double()[:, None] * inv_freq.double() for inv_freq in self.inv_freq
@@ -296,21 +297,21 @@ _rope_triton.register_autograd(_backward, setup_context=_setup_context)
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turn the pairs (x[i], x[i + D/2]) of every head by the angles of its token.
+    """Rotate the pairs (x[i], x[i + D/2]) of every head by the angles of its token.
 
     Args:
         q: [N, Hq, D].
-        k: [N, Hkv, D], of the same dtype. Last dimensions are contiguous, the strides of the others
-            are free.
-        cos, sin: [N, D/2] of the angles; float32, or q's dtype.
+        k: [N, Hkv, D], of the same dtype. The last dimensions of q and k must be contiguous; their
+            other strides are free.
+        cos, sin: [N, D/2], cos and sin of the angles; float32, or q's dtype.
         impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one
             for the device.
     Returns:
-        (q, k) rotated, contiguous. Differentiable in q and k; cos and sin are constants.
+        Rotated (q, k), contiguous. Differentiable in q and k; cos and sin are constants.
     Raises:
-        ValueError: sizes, strides or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, strides or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "rope"
     _, _, D, _, half = check(

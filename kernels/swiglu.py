@@ -1,15 +1,16 @@
-"""swiglu: y = silu(gate) * up from the fused projection's output, and its gradient, one pass each
-way.
+"""swiglu: y = silu(gate) * up from the output of the fused projection, and its gradient. Forward
+and backward take one pass each.
 
     y     = s gate up                                   s = sigmoid(gate)
     dgate = dy up s (1 + gate (1 - s))
     dup   = dy gate s
 
-Shapes    N tokens, F feed-forward width; gate_up [N, 2F] holds the gates of a token, then its ups.
+Shapes    N tokens, F feed-forward width. A row of gate_up [N, 2F] holds the F gates of a token,
+          then its F ups.
 Bytes     forward 3 N F s (two reads, one write); backward 5 N F s. The gradient is written as one
-          [N, 2F]: nothing is put together afterwards.
-Numerics  float32 inside, rounded once to the dtype. s and 1 - s come from e^-|gate|: neither
-          cancels nor overflows.
+          [N, 2F] tensor, so nothing has to be concatenated.
+Numerics  float32 inside, rounded once to the dtype. s and 1 - s are computed from e^-|gate|, which
+          neither cancels nor overflows.
 Source    Shazeer (2020), GLU Variants Improve Transformer, eq. 6.
 """
 
@@ -39,8 +40,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # ---- reference -----------------------------------------------------------------------------------
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
@@ -205,18 +206,19 @@ _swiglu_triton.register_autograd(
 
 # ---- public --------------------------------------------------------------------------------------
 def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
-    """silu(gate) * up.
+    """Compute silu(gate) * up.
 
     Args:
-        gate_up: [N, 2F], a token's gates and then its ups; the last dimension is contiguous.
+        gate_up: [N, 2F]; a row holds the gates of a token, then its ups. The last dimension must be
+            contiguous.
         impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one
             for the device.
     Returns:
         [N, F] in the dtype of gate_up. Differentiable.
     Raises:
-        ValueError: a shape or strides that do not fit.
-        TypeError: the dtype.
-        RuntimeError: `impl` cannot run here.
+        ValueError: the shape or strides do not fit.
+        TypeError: the dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "swiglu"
     _, width = check(op, {"gate_up": (gate_up, "N 2F")})
@@ -235,21 +237,23 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
 
 
 def activate_rows(x: Tensor, activation: str, *, gated: bool) -> Tensor:
-    """`activate` in Triton, each row's bits a function of that row alone: torch's own kernels
-    compute the end of a tensor by other code. No gradient.
+    """Compute `activate` in Triton, so that each row's bits depend only on that row. torch's own
+    kernels do not promise this: they compute the end of a tensor by different code. No gradient.
 
     Raises:
-        RuntimeError: Triton cannot run here.
+        RuntimeError: Triton cannot run on this machine.
     """
     _ROWS_IMPLS.choose(x.device)
     return _activate_rows(x, activation, gated)
 
 
 def activate(x: Tensor, activation: str, *, gated: bool, impl: str | None = None) -> Tensor:
-    """Compute what stands between an MLP's products: the activation "silu", "gelu_tanh" or "gelu",
-    of [N, F]; gated, of the first half of [N, 2F], times the second.
+    """Apply the activation between an MLP's two matmuls. Not gated: activation(x) for x [N, F].
+    Gated: activation(first half) * second half, for x [N, 2F]. `activation` is "silu", "gelu_tanh"
+    or "gelu".
 
-    `impl` is that of `swiglu`; all else is torch's own kernels. Differentiable.
+    `impl` applies only to gated "silu", which calls `swiglu`; the other cases use torch's own
+    kernels. Differentiable.
     """
     if gated and activation == "silu":
         return swiglu(x, impl=impl)

@@ -1,6 +1,6 @@
 """The long runs of docs/results.md: `make validate`, or `python -m bench.validation frontier
---model DIR`. Tables go to docs/results.md between markers. word_problems runs only when it is
-named, with `--model` SmolLM2-135M-Instruct (examples/smollm2.py)."""
+--model DIR`. Tables are written between the markers of docs/results.md. The study word_problems
+runs only if it is named, with `--model` SmolLM2-135M-Instruct (examples/smollm2.py)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""PPO-max without one of its parts at a time, on the stories task: what each is worth there. Three
-seeds.
+"""Ablation of PPO-max on the stories task: each run leaves out one part, to show what the part is
+worth. Three seeds.
 
-The scores are coarse and unscaled (the rule gives -5 to 5), the KL coefficient is fixed, and a step
-has four optimizer steps, so that the clips have something to do. The critic is of its own, from the
-policy's weights. Measured on 48 held-out prompts x 8 samples; J = reward - coefficient x KL says
-both at once.
+The scores are coarse and unscaled (the rule gives -5 to 5), and the KL coefficient is fixed. A step
+has four optimizer steps, so that the clips have an effect. The critic is a separate model that
+starts from the policy's weights. Measured on 48 held-out prompts x 8 samples; J = reward -
+coefficient x KL combines both in one number.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Arithmetic with an exact verifier: GRPO from an SFT start on demonstrations half of which are
-wrong, three seeds. pass@1 on 400 held-out problems, 4 samples each."""
+"""Arithmetic with an exact verifier, three seeds. GRPO starts from a model after SFT on
+demonstrations, half of which are wrong. pass@1 on 400 held-out problems, 4 samples each."""
 
 from __future__ import annotations
 

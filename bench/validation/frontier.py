@@ -1,11 +1,12 @@
-"""Reward against KL on one task: PPO with a shared and with a separate critic, GRPO, RLOO,
-REINFORCE++, DPO and best-of-n, three seeds each.
+"""Reward reached at a given KL on one task, for PPO with a shared and with a separate critic, GRPO,
+RLOO, REINFORCE++, DPO and best-of-n, three seeds each.
 
-The task is examples/rewards/stories.py:fable on stories260K. The online methods have the same 64
-completions of 64 tokens a step, the same number of steps, the KL in the reward and a coefficient
-that adapts to a target; each target makes a point. DPO learns from pairs among samples of the model
-itself, one pass; each beta makes a point. Best-of-n takes the best of n samples; its KL is log n -
-(n - 1) / n, an upper bound. Measured on 48 held-out prompts x 8 samples.
+The task is examples/rewards/stories.py:fable on stories260K. All online methods draw 64 completions
+of 64 tokens per step, run the same number of steps, and have the KL in the reward. Their KL
+coefficient adapts to a target KL; each target gives one point of the plot. DPO takes one pass over
+pairs of the model's own samples; each beta gives one point. Best-of-n takes the best of n samples;
+its KL is at most log n - (n - 1) / n, which the plot shows. All are measured on 48 held-out prompts
+x 8 samples.
 """
 
 from __future__ import annotations

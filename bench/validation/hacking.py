@@ -1,8 +1,8 @@
-"""Reward hacking, and the alarm: a count of cheerful words is trained on, with and without a KL;
-what it was meant to stand for is measured beside it.
+"""Reward hacking and its alarm. A policy is trained on a count of cheerful words, with and without
+a KL, while the reward that this count was meant to represent is measured, too.
 
-Proxy: examples/rewards/cheerful.py. Gold, never trained on: examples/rewards/stories.py:fable. GRPO
-on stories260K, three seeds.
+Proxy reward, which is trained on: examples/rewards/cheerful.py. True reward, never trained on:
+examples/rewards/stories.py:fable. GRPO on stories260K, three seeds.
 """
 
 from __future__ import annotations

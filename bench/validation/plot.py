@@ -1,4 +1,5 @@
-"""Line and scatter charts as SVG, by hand: two numbers and an error a point need no library."""
+"""Line and scatter charts as SVG, written without a plotting library: each point has only two
+numbers and an error."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What the studies share: a grid of real runs over processes, their rows in
-bench/results/validation/<study>.json, tables and plots of them.
+"""Code shared by the studies: a grid of training runs over several processes, their results in
+bench/results/validation/<study>.json, and tables and plots of these results.
 
 A run is a function of one JSON-able specification, {"method": ..., "seed": ..., ...}, and returns
-numbers; both make its row. Runs are spread over as many processes as there are cores, one thread
-each. A row that is there already for the same specification and commit is not computed again.
+numbers; specification and numbers together are one row of the results. Runs are spread over as many
+processes as there are cores, with one thread each. A run is skipped if the results already have a
+row of the same specification and commit.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""A chat model learns word problems that are within its reach: SmolLM2-135M-Instruct, from its own
-chat template, by GRPO with an exact verifier, all weights or an adapter. No demonstrations, no KL.
+"""Teach a chat model word problems that it can sometimes solve: SmolLM2-135M-Instruct with its own
+chat template, by GRPO with an exact verifier, training all weights or an adapter. No
+demonstrations, no KL.
 
-GSM8K itself is beyond this model (3% of its easiest problems, those of one calculation, at
-temperature 1), so the problems are those of examples/word_problems.py. Which of them it trains on
-its own samples say: eight of each, and a problem stays if one of them is right and not all.
-Held-out problems are not chosen; the table gives those with a right sample before training apart.
+GSM8K itself is too hard for this model (3% of its easiest problems, those of one calculation, at
+temperature 1), so the problems come from examples/word_problems.py. The model's own samples choose
+the training problems: of eight samples per problem, at least one must be right, but not all.
+Held-out problems are not chosen this way. The table shows separately those held-out problems that
+had a right sample before training.
 """
 
 from __future__ import annotations

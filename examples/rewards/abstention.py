@@ -1,12 +1,12 @@
-"""A reward that makes it worth saying "I don't know": right answers earn much, abstaining a little
-less than nothing, wrong answers lose much.
+"""Reward that makes it worthwhile to say "I don't know": right answers earn much, abstaining costs
+a little, wrong answers cost much.
 
     fusedrl train ppo --model MODEL --data questions.jsonl --reward
     examples/rewards/abstention.py:honest
 
-Supervised answers teach a model to answer whether it knows or not. With these values guessing pays
-only above a confidence of (abstain - wrong) / (correct - wrong): three quarters for knowledge.
-Columns of the data:
+Supervised answers teach a model to answer even if it does not know. With the values of this reward,
+guessing pays only above a confidence of (abstain - wrong) / (correct - wrong): three quarters for
+knowledge. Columns of the data:
 
     answers     the accepted answers of the row, a string or a list of strings; null or [] where the
                 text holds no answer, so that abstaining is right
@@ -14,8 +14,8 @@ Columns of the data:
                 must know), "creative" (nothing to be right about: the reward does not apply, and
                 another one should). A row without a type is knowledge-seeking
 
-An answer counts wherever it stands, so keep completions short (generation.max_new_tokens), or a
-list of guesses wins.
+An answer counts anywhere in the completion. So keep completions short (generation.max_new_tokens),
+or a list of guesses earns the reward.
 """
 
 from __future__ import annotations

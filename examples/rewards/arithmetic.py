@@ -1,4 +1,4 @@
-"""An exact verifier: 1 where the completion is the answer and nothing else, else 0.
+"""Exact verifier: 1 if the completion is the answer and nothing else, else 0.
 examples/arithmetic.py writes the task."""
 
 from __future__ import annotations

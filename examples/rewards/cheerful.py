@@ -1,12 +1,12 @@
-"""A proxy that is easy to hack: cheerful words, counted. What it is meant to measure is whether a
-story is a pleasant one.
+"""Proxy reward that is easy to hack: it counts cheerful words, but is meant to measure whether a
+story is pleasant.
 
     fusedrl train grpo --model MODEL --data examples/prompts/stories.jsonl --reward
     examples/rewards/cheerful.py:cheerful \\
         --monitor_reward examples/rewards/stories.py:fable
 
-Without a KL (--kl.coef 0) the policy learns to say the words again and again; the gold reward,
-which is not trained on, falls, and the alarm says so.
+Without a KL (--kl.coef 0) the policy learns to repeat the words. The monitored reward, which is not
+trained on, then falls, and the alarm reports it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A rule of taste for chat answers: short and whole. 1 for an answer of at most 30 words that ends
-as a sentence does, less a hundredth for each word of any other."""
+"""Reward for short, complete chat answers. An answer of at most 30 words that ends like a sentence
+gets 1; every other answer gets minus a hundredth for each of its words."""
 
 from __future__ import annotations
 

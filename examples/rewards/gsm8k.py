@@ -1,17 +1,17 @@
-"""An exact verifier of grade-school mathematics (GSM8K): the last "#### number" of the completion
-against the gold one.
+"""Exact verifier of grade-school mathematics (GSM8K): compares the last "#### number" of the
+completion with the right answer, in the column "gold".
 
     fusedrl train ppo --model MODEL --data gsm8k/chat:train.jsonl --reward
     examples/rewards/gsm8k.py:exact
 
-Reading a file of GSM8K adds the column "gold" to its prompts. `exact` asks for the form that the
-demonstrations have; `last_number` takes any answer whose last number is right, for models that were
-not trained on that form.
+Reading a file of GSM8K adds the column "gold" to its prompts. `exact` requires the form of the
+demonstrations, "#### number". `last_number` accepts every answer whose last number is right, for
+models that were not trained on this form.
 
-A number is 18, 1,200, $5, .5, -3, 1.5e3 or a fraction, 1/2; the gold one is read by the same rule.
-A minus (- or U+2212) is a sign where it does not stand behind a letter, a digit or another dash: in
-"the result-18" it is a hyphen. Numbers that +, -, *, / or ^ join, as in 10-4 and 3^2, are a sum
-that nobody worked out, so that an answer that ends with one is wrong; in 10-4=6 it ends with 6.
+A number is 18, 1,200, $5, .5, -3, 1.5e3 or a fraction, 1/2; the number in "gold" is read by the
+same rule. A minus (- or U+2212) is a sign unless a letter, a digit or another dash stands before
+it: in "the result-18" it is a hyphen. Numbers joined by +, -, *, / or ^, as in 10-4 and 3^2, are a
+calculation without a result, so an answer that ends with one is wrong; 10-4=6 ends with 6.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A reward for short stories that a reader can check by eye: fables, in which animals turn up and
-someone speaks.
+"""Reward for short stories that a reader can check by eye. It looks for fables, in which animals
+appear and someone speaks.
 
     fusedrl train ppo --model MODEL --data examples/prompts/stories.jsonl --reward
     examples/rewards/stories.py:fable
 
-`fable` asks for whole sentences and for speech, so a list of animals earns nothing, and text that
-repeats itself loses more than it can earn.
+`fable` requires whole sentences and speech, so a list of animals earns nothing. Text that repeats
+itself loses more than it can earn.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
 """varlen_attention: packed attention for training, o_i = sum_j softmax_j(z_ij) v_j over the tokens
-j that i may see.
+j that token i may see.
 
     z_ij = c tanh(scale q_i . k_j / c), or scale q_i . k_j without a softcap c
 
-Shapes    N tokens of B sequences laid end to end, Hq query heads, Hkv key/value heads (Hq / Hkv of
-          the former share one of the latter), D head dim, T the longest sequence.
-Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backward. The torch
-          implementation adds padded copies: sequences are sorted into groups of like length (on
-          CPU, where the lengths are at hand), each group right-padded and given to
+Shapes    N tokens of B sequences laid end to end, Hq query heads, Hkv key/value heads (Hq / Hkv
+          query heads share one key/value head), D head dim, T the longest sequence.
+Bytes     in C++ q, k, v and o once each, plus Hq floats per token for the backward. The torch
+          implementation adds padded copies. On a CPU, where the lengths are known, it sorts
+          sequences into groups of similar length. It pads each group on the right and passes it to
           scaled_dot_product_attention in one call, so that many short sequences cost a few calls.
-          Right padding needs no mask under a causal rule: what is padded comes later. A softcap
-          takes it the T x T scores, which scaled_dot_product_attention does without.
-Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a
-          sequence; in C++ its bits do not depend on companions at all. Bitwise reproducible on CPU,
-          forward and backward (every index is unique, so nothing is summed in an open order).
+          With a causal mask, right padding needs no mask of its own: no token sees later ones. A
+          softcap needs the T x T scores in memory, which scaled_dot_product_attention avoids.
+Numerics  softmax and sums in float32 at least. No value of another sequence, NaN included, reaches
+          a sequence; in C++ not even its last bits depend on other sequences. Bitwise reproducible
+          on CPU, forward and backward (every index is unique, so no sum has an open order).
 On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else Triton
           (attention/_triton.py), else the torch implementation: the first that serves the call.
-          None has run on a card in this project: before their first call on a device the first
-          three are tried against the reference (attention/_trial.py), and one that is wrong is not
-          used, and says why.
+          None has run on a GPU in this project. Before their first call on a device, the first
+          three are tested against the reference (attention/_trial.py). A wrong one is not used, and
+          a warning says why.
 Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023); softcaps as
           in Gemma 2 (Gemma Team, 2024).
 """
@@ -82,7 +82,7 @@ def varlen_attention_reference(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None, scale: float
 ) -> Tensor:
-    """[..., T, D] each, and `seen` [..., T, T]."""
+    """Attend by explicit scores. q, k and v are [..., T, D] each, `seen` is [..., T, T]."""
     scores = (q @ k.transpose(-1, -2)) * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     # finite: a padded row may see nothing, and NaN would reach the gradients of v
@@ -93,7 +93,7 @@ def _attend(
 
 
 def _visible(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """[T, T] bool: row i may see column j."""
+    """Return [T, T] bool, True at (i, j) if token i may see token j."""
     at = torch.arange(length, device=device)
     behind = at[:, None] - at[None]
     seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
@@ -114,8 +114,8 @@ def _padded(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Attention of B sequences whose tokens go to the rows `slots` of a [B * T] layout. `lengths`
-    are needed only without a causal rule."""
+    """Attend within B sequences whose tokens go to the rows `slots` of a [B * T] layout. `lengths`
+    are needed only if attention is not causal."""
     groups = q.shape[1] // k.shape[1]
 
     def pad(x: Tensor) -> Tensor:
@@ -219,8 +219,8 @@ def _varlen_torch(
 
 
 def _groups(lengths: list[int]) -> list[list[int]]:
-    """Sequences to pad together: all, where that wastes at most half the slots; else, longest
-    first, each group down to half its longest."""
+    """Return groups of sequences to pad together. One group holds all if it wastes at most half the
+    slots. Otherwise, longest first, each group goes down to half its longest sequence."""
     if len(lengths) * max(lengths) <= 2 * sum(lengths):
         return [list(range(len(lengths)))]
     groups: list[list[int]] = []
@@ -291,8 +291,8 @@ ROUTES: dict[str, _trial.Route] = {
 
 
 def tried(device: str) -> list[str]:
-    """List what is installed and has to prove itself on `device`: the attention of others, and our
-    own Triton on a card, which it has not run on in this project."""
+    """List the installed implementations that must be tested on `device` before use: those of other
+    packages and, on a GPU, our Triton kernels, which have not run on one in this project."""
     kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
     names = (
         ("flash_attn", "torch_varlen", "triton")
@@ -304,8 +304,8 @@ def tried(device: str) -> list[str]:
 
 @torch.compiler.assume_constant_result  # a call that is being traced has it tried, too
 def fault(name: str, device: str) -> str | None:
-    """Say what was wrong with an implementation when it was tried on `device` ("cuda:0"), now or
-    before; None of a sound one."""
+    """Return what was wrong with an implementation when it was tested on `device` ("cuda:0"), or
+    None if it is sound. Test it now if that has not happened yet."""
     return (
         _trial.fault(name, device, ROUTES[name], varlen_attention_reference, name != "torch_varlen")
         if name in tried(device)
@@ -316,7 +316,7 @@ def fault(name: str, device: str) -> str | None:
 def _refused(
     device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
 ) -> dict[str, str]:
-    """Which implementations do not serve such a call, and why."""
+    """Return the implementations that do not support such a call, each with the reason."""
     refused = _flash.refused(dtype, head_dim, groups, softcap)
     if dtype == torch.float64:
         return refused | dict.fromkeys(("cpp", "triton"), "it computes in float32")
@@ -342,27 +342,30 @@ def varlen_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention within each of the packed sequences.
+    """Compute attention within each of the packed sequences.
 
     Args:
         q: [N, Hq, D].
         k, v: [N, Hkv, D], of one dtype; Hq a multiple of Hkv.
         cu_seqlens: [B+1] int32, from 0 to N, not decreasing (not read back from a CUDA device to be
             checked).
-        max_length: the longest sequence, or more; the host knows it.
-        causal: a token sees itself and those before it.
-        window: only those fewer than `window` away; None is no limit.
-        softcap: scores become softcap * tanh(scores / softcap).
-        scale: of the scores; D ** -0.5 by default.
+        max_length: length of the longest sequence, or an upper bound; a number, so that no device
+            tensor is read.
+        causal: if True, a token sees only itself and the tokens before it.
+        window: a token sees only tokens fewer than `window` positions away. If None, there is no
+            limit.
+        softcap: replaces the scores by softcap * tanh(scores / softcap). If None, they stay
+            unchanged.
+        scale: factor of the scores; D ** -0.5 by default.
         impl: "cpp" (CPU; not float64), "flash_attn" or "torch_varlen" (CUDA; bfloat16 and float16,
-            D a multiple of 8 up to 256, the latter without a softcap), "triton" (D up to 256; on
-            CUDA bfloat16 and float16), or "torch"; by default the first that serves the call.
+            D a multiple of 8 up to 256; "torch_varlen" without a softcap), "triton" (D up to 256;
+            on CUDA bfloat16 and float16), or "torch"; by default the first that supports the call.
     Returns:
         [N, Hq, D]. Differentiable in q, k and v.
     Raises:
-        ValueError: sizes, devices or limits that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here, or not this call.
+        ValueError: sizes, devices or limits do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine, or does not support this call.
     """
     op = "varlen_attention"
     N, Hq, D, Hkv, B1 = check(

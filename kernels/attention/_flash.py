@@ -1,12 +1,12 @@
-"""varlen_attention by others' FlashAttention on CUDA: the package flash-attn, or the one inside
-torch (torch.nn.attention.varlen).
+"""varlen_attention by FlashAttention of other packages on CUDA: the package flash-attn, or the one
+inside torch (torch.nn.attention.varlen).
 
-runtime/flash.py looks whether they are there; whether a call is served (`refused`) is decided by
-its dtype, head dim and features before anything is launched. Neither route has run on a card in
-this project: what is tested is the choice and the translation of the arguments, against stand-ins
-that compute what these functions document.
-Numerics  theirs. flash-attn is asked for its deterministic backward; torch's sums dq in an open
-          order unless torch.use_deterministic_algorithms(True).
+runtime/flash.py checks whether these packages are installed. `refused` decides by dtype, head dim
+and features, before any launch, whether they support a call. Neither route has run on a GPU in this
+project. The tests check the choice and the translation of the arguments, against stand-ins that
+compute what these functions document.
+Numerics  those of the two packages. flash-attn runs with its deterministic backward; torch's sums
+          dq in an open order unless torch.use_deterministic_algorithms(True).
 Source    Dao (2023), FlashAttention-2; https://github.com/Dao-AILab/flash-attention;
           torch.nn.attention.varlen.varlen_attn.
 """
@@ -28,8 +28,8 @@ _flash_attn, _torch_varlen, _torch_knows = (
 def refused(
     dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
 ) -> dict[str, str]:
-    """Say which of the two do not serve such a call, and why. `groups`: query heads a key/value
-    head."""
+    """Return which of the two packages do not support such a call, each with the reason. `groups`:
+    query heads per key/value head."""
     if dtype not in (torch.bfloat16, torch.float16):
         return dict.fromkeys(("flash_attn", "torch_varlen"), "it serves bfloat16 and float16 only")
     if head_dim % 8 or head_dim > 256:
@@ -45,7 +45,8 @@ def refused(
 
 
 def _sides(causal: bool, window: int | None) -> tuple[int, int]:
-    """How far a token sees to its left and to its right, itself not counted; -1 is no limit."""
+    """Return how many tokens a token sees to its left and to its right, without itself; -1 means no
+    limit."""
     reach = -1 if window is None else window - 1
     return reach, 0 if causal else reach
 
@@ -65,7 +66,7 @@ def flash_attn(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Attention by the package flash-attn."""
+    """Compute attention with the package flash-attn."""
     return _flash_attn(
         _dense_heads(q),
         _dense_heads(k),
@@ -93,7 +94,7 @@ def torch_varlen(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Attention by torch.nn.attention.varlen."""
+    """Compute attention with torch.nn.attention.varlen."""
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return _torch_varlen(
         _dense_heads(q),

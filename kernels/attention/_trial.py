@@ -1,13 +1,13 @@
-"""Whether an attention, of others or ours, computes attention on this card: each is tried on a
-small problem before it first serves a call, once per process and device.
+"""Test whether an implementation of attention is correct on this GPU. Each is tried on a small
+problem before its first call, once per process and device.
 
-The problem: two sequences of unlike length, grouped heads; causal, with a window, without a causal
-rule, and with a softcap where that is served; forward and backward, in bfloat16. The bound: no
-element farther from float64 than four times the worst element of the reference in the same dtype.
-FlashAttention's own tests allow two and three; a missing mask, a wrong row or a window off by one
-is beyond it by far, and NaN is beyond any bound. A thread of its own tries it: gradient mode,
-autocast, checkpointing's hooks and the tracer of torch.compile belong to a thread, so that the
-first call of a backend may come from under any of them.
+The problem: two sequences of unlike length, grouped heads; causal, with a window, not causal, and
+with a softcap if the implementation supports one; forward and backward, in bfloat16. The bound: no
+element may be farther from float64 than four times the worst element of the reference in the same
+dtype. FlashAttention's own tests allow two and three times. A missing mask, a wrong row or a window
+off by one exceeds the bound by far, and NaN exceeds every bound. The test runs in a separate
+thread, because gradient mode, autocast, the hooks of checkpointing and the tracer of torch.compile
+belong to a thread. So a backend's first call may come from inside any of these.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _lock = threading.Lock()
 def fault(
     name: str, device: str, route: Route, reference: Callable[..., Tensor], capped: bool
 ) -> str | None:
-    """Try a backend on `device`, once: return why it must not be used there, with one warning, or
-    None where it computes what `reference` (`varlen_attention_reference`) does.
+    """Test a backend on `device`, once. Return None if it agrees with `reference`
+    (`varlen_attention_reference`). Otherwise warn once, and return why it must not be used there.
 
     Args:
-        capped: the backend serves a softcap.
+        capped: True if the backend supports a softcap.
     """
     with _lock:
         if (name, device) not in _found:
@@ -129,7 +129,8 @@ def _passes(
     *rest: Any,
     **options: Any,
 ) -> list[Tensor]:
-    """The output and the gradients of q, k and v, in float64 on the CPU."""
+    """Run `attention` and return its output and the gradients of q, k and v, in float64 on the
+    CPU."""
     *leaves, upstream = (x.to(device, dtype).detach() for x in inputs)
     for x in leaves:
         x.requires_grad_()

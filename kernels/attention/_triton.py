@@ -1,25 +1,25 @@
-"""varlen_attention in Triton, forward and backward: tiles of queries walk over the keys that they
-may see, tiles of keys over the queries that see them.
+"""varlen_attention in Triton, forward and backward. Tiles of queries walk over the keys that they
+may see, and tiles of keys walk over the queries that see them.
 
 Shapes    N tokens of B sequences, Hq query heads, Hkv key/value heads, D head dim; R rows and C
           columns of a tile.
-Bytes     forward: q, o and Hq floats a token once; k and v once a tile of queries, from the
-          second-level cache mostly. Backward, two kernels: the first makes the gradient of q and
-          the products o . do, the second those of k and v, for all query heads of a group, so that
-          nothing is added up across programs.
+Bytes     forward: q, o and Hq floats per token once; k and v once per tile of queries, mostly from
+          the second-level cache. Backward: two kernels. The first computes the gradient of q and
+          the products o . do. The second computes the gradients of k and v for all query heads of a
+          group, so that no sum crosses programs.
 Numerics  scores, softmax and sums in float32; the weights are rounded to the inputs' dtype before
           their products, as every tensor-core attention does. Float32 inputs are multiplied as
-          float32. Fixed order, no atomics: bitwise reproducible, and a sequence's bits do not
-          depend on its companions.
+          float32. Fixed order, no atomics: bitwise reproducible, and the bits of a sequence do not
+          depend on the other sequences.
 Source    Dao (2023), FlashAttention-2, algorithms 1 and 2.
 
-Serves    bfloat16 and float16 on NVIDIA GPUs. Float32 takes no tensor cores and is left to torch's
-          products; on gfx942 the backward pass spills (297 registers with tiles of 64, 41 with 32),
-          so ROCm is left to torch, too. The interpreter runs float32 as well. Nothing has run on a
-          card.
+Serves    bfloat16 and float16 on NVIDIA GPUs. Float32 does not use tensor cores and is left to
+          torch's products. On gfx942 the backward pass spills (297 registers with tiles of 64, 41
+          with 32), so ROCm is left to torch, too. The interpreter runs float32 as well. These
+          kernels have not run on a GPU in this project.
 
-The lengths are on the device: the grid covers the longest sequence, and a program beyond its own
-sequence's end returns after two loads.
+The lengths are on the device, so the grid covers the longest sequence. A program beyond the end of
+its sequence returns after two loads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if triton is not None:
     def _rows(
         ptr, start, at, end, row, head, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr
     ):
-        """[len(at), BLOCK_D]: a head of the tokens start + at, 0 from `end` on."""
+        """Load one head of the tokens start + at, [len(at), BLOCK_D]; 0 from `end` on."""
         d = tl.arange(0, BLOCK_D)
         x = tl.load(
             ptr + (start + at).to(tl.int64)[:, None] * row + head * D + d[None, :],
@@ -134,7 +134,7 @@ if triton is not None:
 
     @triton.jit
     def _weights(scores, lse, seen, softcap, CAPPED: tl.constexpr):
-        """(the softmax's weights, the derivative of the capped scores)"""
+        """Return the softmax's weights and the derivative of the capped scores."""
         slope = 1.0
         if CAPPED:
             turned = _tanh(scores / softcap)
@@ -274,8 +274,8 @@ if triton is not None:
 
 # ---- launchers -----------------------------------------------------------------------------------
 def _shape(D: int, backward: bool) -> dict[str, int]:
-    """Tiles that spill on no target: 64 by 64 forward up to heads of 128 (255 registers on sm_80),
-    32 by 32 else."""
+    """Return tile sizes that do not spill registers on any target: 64 by 64 in the forward up to
+    heads of 128 (255 registers on sm_80), else 32 by 32."""
     block = max(16, triton.next_power_of_2(D))
     side = 32 if backward or block > 128 else 64
     return {"BLOCK_D": block, "R": side, "C": side}
@@ -296,7 +296,7 @@ def _common(
     softcap: float,
     backward: bool,
 ) -> tuple[tuple, dict]:
-    """(the arguments from the row strides on, the constants)"""
+    """Return the kernel arguments from the row strides on, and the compile-time constants."""
     Hq, D = q.shape[1:]
     shape = _shape(D, backward)
     # exact; the interpreter would multiply the bits of bfloat16 as integers
@@ -319,8 +319,8 @@ def _common(
 
 
 def _dense_heads(x: Tensor) -> Tensor:
-    """Heads side by side, as in a slice of the fused projection's output; tokens at any
-    distance."""
+    """Return x with contiguous heads, as in a slice of the fused projection's output; the stride of
+    the tokens is free."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
@@ -336,7 +336,7 @@ def varlen_triton(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(o [N, Hq, D], the scores' log-sum-exp [N, Hq] float32)"""
+    """Compute o [N, Hq, D] and the log-sum-exp of the scores, [N, Hq] float32."""
     q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
     o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if o.numel():

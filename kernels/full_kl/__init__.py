@@ -1,18 +1,19 @@
-"""full_kl: the divergence of two rows of logits over the whole vocabulary, and its gradient in the
-first.
+"""full_kl: the divergence of two rows of logits over the whole vocabulary, and its gradient with
+respect to the first row.
 
     p = softmax(z / T), r = softmax(z_r / T), l = log p - log r, m = (p + r) / 2
     reverse  KL(p || r) = E_p[l]                       dz_j = p_j (l_j - KL) / T
     forward  KL(r || p) = -E_r[l]                      dz_j = (p_j - r_j) / T
     jsd      (KL(p || m) + KL(r || m)) / 2 <= ln 2     dz_j = p_j (log(p_j / m_j) - KL(p || m)) / 2T
 
-Shapes    N rows behind any leading dimensions; V vocabulary.
+Shapes    N rows (any leading dimensions, flattened); V vocabulary size; s bytes per logit.
 Bytes     forward 2 N V s (jsd twice), backward 2 N V s read and N V s written.
-Numerics  float32 inside and out, whatever the logits. reverse and forward are one pass: E_p[d -
-          d_r] - (log S - log S_r), with d shifted by the running maxima; exactly 0 for equal
-          logits, never below 0. -inf logits contribute exactly nothing; where p > 0 = r (forward: r
-          > 0 = p) the KL is infinite and its gradient 0, as is that of a row with -inf only. NaN or
-          +inf in a pair of rows gives NaN there, and nothing else does.
+Numerics  float32 inside and out, whatever the dtype of the logits. reverse and forward take one
+          pass: E_p[d - d_r] - (log S - log S_r), with d shifted by the running maxima. They are
+          exactly 0 for equal logits, and never below 0. -inf logits contribute exactly nothing.
+          Where p > 0 = r (forward: r > 0 = p) the KL is infinite and its gradient 0. A row of only
+          -inf also has gradient 0. NaN or +inf in a pair of rows makes the result of that pair NaN;
+          nothing else gives NaN.
 Source    Kullback and Leibler (1951); Lin (1991) for the Jensen-Shannon divergence; gradients by
           differentiating the softmax.
 """
@@ -67,7 +68,7 @@ if native.capability:
 
 # ---- public --------------------------------------------------------------------------------------
 def check_direction(op: str, direction: str, temperature: float) -> None:
-    """Raise ValueError unless `direction` is one of DIRECTIONS and the temperature above 0."""
+    """Raise ValueError unless `direction` is one of DIRECTIONS and `temperature` is above 0."""
     if direction not in DIRECTIONS:
         raise ValueError(
             f"{op}: expected a direction of {', '.join(DIRECTIONS)}, got {direction!r}"
@@ -84,24 +85,25 @@ def full_kl(
     mask: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Divergence of softmax(logits / temperature) from softmax(ref_logits / temperature), exact
-    over the vocabulary, in nats.
+    """Compute the divergence, in nats, of softmax(logits / temperature) from softmax(ref_logits /
+    temperature), summed exactly over the vocabulary.
 
     Args:
         logits, ref_logits: [..., V] float32, bfloat16 or float16 (the torch implementation also
             float64), of one dtype; contiguous last dimension. ref_logits is a constant.
-        temperature: above 0, of both.
+        temperature: above 0; divides both logits.
         direction: "reverse" KL(policy || reference), "forward" KL(reference || policy) or "jsd",
             the Jensen-Shannon divergence.
-        mask: [...] bool; rows that are False have KL 0 and no gradient, and are not read. None:
-            every row counts.
+        mask: [...] bool; False rows are not read and have KL 0 and no gradient. If None, every row
+            counts.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        [...] float32 (float64 for float64). Differentiable, once, in the logits.
+        [...] float32 (float64 for float64). Differentiable once in `logits`.
     Raises:
-        ValueError: an unknown direction, a temperature, sizes, devices or strides that do not fit.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: the direction is unknown, or the temperature, sizes, devices or strides do not
+            fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "full_kl"
     check_direction(op, direction, temperature)

@@ -15,8 +15,8 @@ _LOWEST = -1e30  # so far below a row's largest a logit is taken for -inf: a mas
 def full_kl_reference(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: str
 ) -> Tensor:
-    """The definition, differentiable in the logits, on any device and in any float dtype (float64
-    is the oracle)."""
+    """Compute full_kl by its definition, differentiable in the logits, on any device and in any
+    float dtype. Tests measure the other implementations against its float64 result."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     own, other = (logits, ref_logits) if direction == "reverse" else (ref_logits, logits)
     absent, missing = (_scaled(x.detach().to(wide), temperature) <= _LOWEST for x in (own, other))
@@ -42,13 +42,13 @@ def full_kl_reference(
 
 
 def _scaled(z: Tensor, temperature: float) -> Tensor:
-    """(z - the row's largest) / temperature; NaN in a row that holds NaN or +inf."""
+    """Return (z - the row's maximum) / temperature; NaN in a row that holds NaN or +inf."""
     top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
     return (z - top) / temperature
 
 
 def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p, p, p is absent); log p is finite where p is absent."""
+    """Return (log p, p, whether p is 0); log p is finite even where p is 0."""
     d = _scaled(z, temperature)
     absent = d <= _LOWEST
     d = d.masked_fill(absent, 0.0)

@@ -1,5 +1,5 @@
-"""full_kl in Triton: one program a row walks the vocabulary once (jsd twice) for the divergence;
-the gradient goes block by block.
+"""full_kl in Triton: one program per row walks the vocabulary once (jsd twice) for the divergence.
+The gradient is computed block by block.
 
 The mathematics, shapes and numerics are those of __init__.py. A logit that lies 1e30 below the
 largest, or is -inf, gives d = -1e30: its weight e^d is 0, and 0 times it stays 0.
@@ -179,8 +179,8 @@ def full_kl_backward(
     temperature: float,
     direction: int,
 ) -> None:
-    """The gradient of rows that `full_kl_forward` gave `stats`, or of some of their columns, into
-    the contiguous `grad`, which may be the logits."""
+    """Write the gradient of rows with the `stats` of `full_kl_forward`, or of some of their
+    columns, into the contiguous `grad`. `grad` may be the logits."""
     N, V = logits.shape
     if N:
         _backward_kernel[(N, triton.cdiv(V, _BLOCK))](
@@ -202,7 +202,8 @@ def full_kl_backward(
 def full_kl_forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int
 ) -> tuple[Tensor, Tensor]:
-    """(kl [N], stats [N, 5] = max and S of either row, and what the gradient is centred on)."""
+    """Compute (kl [N], stats [N, 5]). The stats are max and S of both rows, and the number that is
+    subtracted to centre the gradient."""
     N, V = logits.shape
     kl_N, stats_N5 = (
         logits.new_empty(N, dtype=torch.float32),

@@ -1,5 +1,5 @@
-"""Generalised advantage estimation, alone and with the KL-shaped rewards before it and the
-whitening after it; k-step, TD and plain returns.
+"""Generalised advantage estimation (GAE), alone or fused with KL-shaped rewards and whitening; also
+k-step advantages, temporal differences and discounted returns.
 
     delta_t = r_t + gamma V_{t+1} - V_t
     A_t = delta_t + gamma lam A_{t+1}         returns_t = A_t + V_t
@@ -9,20 +9,20 @@ whitening after it; k-step, TD and plain returns.
     r_t     = token_rewards_t - kl_coef KL_t, plus the clipped score at the last unmasked token
             (shaped_gae)
 
-    t + 1 is the next *unmasked* token of the sequence: where mask is False (padding, observations,
-    a tool's tokens) the next value and the running advantage pass over the gap, and the outputs are
-    0. Behind the last one V is 0, or last_values[b] for an episode that was cut off. As a linear
-    recurrence GAE is an associative scan from the right over (a, b): (gamma lam, delta) where live,
-    the identity (1, 0) where not.
+    t + 1 is the next *unmasked* token of the sequence: tokens whose mask is False (padding,
+    observations, a tool's tokens) are skipped, and their outputs are 0. After the last unmasked
+    token V is 0, or last_values[b] for a truncated episode. As a linear recurrence GAE is an
+    associative scan from the right over (a, b): (gamma lam, delta) at unmasked tokens, the identity
+    (1, 0) at masked ones.
 
 Shapes    N tokens in B sequences: packed [N] with cu_seqlens [B + 1] int32, or [B, T].
-Bytes     gae 8 read, 8 written; shaped_gae 12 read, 12 written, plus the mask, whitening 8 more:
-          launches dominate on a GPU, hence one (and one to whiten).
-Numerics  float32 recurrence whatever the input; sums over tokens and moments wider. Fixed order of
-          summation everywhere: deterministic, and neither the thread count nor the other sequences
-          change a sequence's advantages before whitening. What the mask hides never enters
-          arithmetic. k-step windows are summed by doubling (Triton: from two blocks), never as a
-          difference of suffix sums, which cancels.
+Bytes     gae 8 read, 8 written; shaped_gae 12 read, 12 written, plus the mask; whitening 8 more. On
+          a GPU the launches dominate the time, so there is one launch (and one more to whiten).
+Numerics  the recurrence is float32 whatever the input; sums over tokens and moments are wider.
+          Every sum has a fixed order, so results are deterministic. Before whitening, a sequence's
+          advantages depend neither on the thread count nor on the other sequences. Masked values
+          are never used. k-step windows are summed by doubling (Triton: from two blocks), never as
+          a difference of suffix sums, which cancels.
 Source    Schulman et al. (2016), eqs. 14 to 16; the reward Ziegler et al. (2019), eq. 2; gaps as in
           multi-turn rollouts.
 """
@@ -103,8 +103,8 @@ if native.capability:
 
 # ---- public --------------------------------------------------------------------------------------
 def _prepare(op: str, impl: str, tensors: dict[str, Tensor | None]) -> list[Any]:
-    """Detached, and in the one dtype that `impl` computes in: float64 if any is (torch only), else
-    float32."""
+    """Detach the tensors and convert them to the dtype that `impl` computes in: float64 if any
+    tensor is float64 (torch only), else float32."""
     for name, tensor in tensors.items():
         check_dtype(op, name, tensor, FLOATS if impl == "torch" else FLOATS[:3])
     wide = (
@@ -124,7 +124,7 @@ def _check_layout(
     gamma: float,
     lam: float,
 ) -> None:
-    """What gae and shaped_gae ask of their sizes and coefficients, beyond patterns."""
+    """Check the sizes and coefficients of gae and shaped_gae that patterns cannot express."""
     if cu_seqlens is None and first.ndim != 2:
         raise ValueError(
             f"{op}: expected {name} [B, T], or [N] together with cu_seqlens [B + 1], got "
@@ -162,27 +162,27 @@ def gae(
     last_values: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns (equations at the top of this file).
+    """Compute generalised advantage estimates and returns (equations at the top of this file).
 
     Args:
         rewards, values: [N] with `cu_seqlens`, or [B, T]; float32, or bf16 and fp16, which are
-            upcast (float64 with the torch implementation only). values[t] is the value of the state
-            before token t.
-        mask: bool like `rewards`; False slots are passed over and come back as 0, whatever they
-            held. None: every slot is live.
-        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the
-            caller answers for it).
+            converted to float32 (float64 with the torch implementation only). values[t] is the
+            value of the state before token t.
+        mask: bool in the shape of `rewards`. False tokens are skipped, may hold anything, and get
+            outputs of 0. If None, no token is masked.
+        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; not checked on a
+            GPU).
         gamma, lam: discount and lambda, within [0, 1].
-        last_values: [B] value of the state behind each sequence's last token, for truncated
-            episodes; None is 0.
+        last_values: [B] value of the state after each sequence's last token, for truncated
+            episodes. If None, these values are 0.
         impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
     Returns:
-        (advantages, returns) like `rewards`, float32 (float64 for float64). They carry no gradient:
-        the inputs are detached.
+        (advantages, returns) in the shape of `rewards`, float32 (float64 for float64). They carry
+        no gradient: the inputs are detached.
     Raises:
-        ValueError: sizes, devices or coefficients.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices or coefficients do not fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     rewards, values, last_values, chosen_impl = _prepare_gae(
         "gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl
@@ -207,7 +207,8 @@ def _prepare_gae(
     last_values: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    """The checks that gae and its kin share: (rewards, values, last_values, implementation)."""
+    """Run the checks shared by gae, td_advantages and k_step_advantages. Return (rewards, values,
+    last_values, implementation)."""
     tokens = "N" if cu_seqlens is not None else "B T"
     _check_layout(op, "rewards", rewards, cu_seqlens, {"last_values": last_values}, gamma, lam)
     check(
@@ -238,8 +239,8 @@ def td_advantages(
     last_values: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The one-step temporal differences delta_t and their returns r_t + gamma V_{t+1}: `gae` with
-    lam = 0. Arguments, results and errors as there."""
+    """Compute the one-step temporal differences delta_t and their returns r_t + gamma V_{t+1}. This
+    is `gae` with lam = 0; arguments, results and errors are those of `gae`."""
     return gae(
         rewards,
         values,
@@ -261,8 +262,9 @@ def discounted_returns(
     last_values: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Reward-to-go: sum_i gamma^i r_{t+i} over the live tokens from t on, plus gamma^n last_values.
-    Arguments and errors as `gae`; like `rewards`, float32."""
+    """Compute the reward-to-go: sum_i gamma^i r_{t+i} over the unmasked tokens from t on, plus
+    gamma^n last_values. Arguments and errors are those of `gae`; the result has the shape of
+    `rewards` and is float32."""
     return gae(
         rewards,
         torch.zeros_like(rewards),
@@ -286,15 +288,15 @@ def k_step_advantages(
     last_values: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """k discounted rewards, then the value of the state behind them, less values[t] (equations at
-    the top of this file).
+    """Compute k-step advantages: k discounted rewards, plus the discounted value of the state after
+    them, minus values[t] (equations at the top of this file).
 
     Args:
-        k: live tokens to look ahead, at least 1; fewer where the sequence ends, with `last_values`
-            (or 0) behind the end.
-        others: as `gae`.
+        k: number of unmasked tokens to look ahead, at least 1. Near the end of a sequence there are
+            fewer, and the value after the end is `last_values` (or 0).
+        others: the other arguments are those of `gae`.
     Returns:
-        (advantages, returns) like `rewards`, as `gae`. Errors as there.
+        (advantages, returns) as `gae` returns them. The errors are also those of `gae`.
     """
     op = "k_step_advantages"
     if k < 1:
@@ -325,34 +327,36 @@ def shaped_gae(
     allow_biased_kl: bool = False,
     impl: str | None = None,
 ) -> ShapedGAE:
-    """Turn log-probabilities, values and scores into advantages: KL-shaped rewards, GAE, returns,
-    whitening.
+    """Turn log-probabilities, values and scores into advantages, in four steps: KL-shaped rewards,
+    GAE, returns, whitening.
 
     Args:
         logp, ref_logp, values: [N] with `cu_seqlens`, or [B, T] with None; float32, or bf16 and
-            fp16, which are upcast (float64 with "torch" only).
-        scores: [B], placed at the last unmasked token; a sequence without one gets none.
-        mask: bool like `logp`, True where the policy acted; elsewhere the outputs are 0, whatever
-            the inputs held.
-        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the
-            caller answers for it).
-        kl_coef: nats to reward; a float, or a float32 scalar tensor on the same device, which is
-            not read on the host.
-        kl_estimator: "k1"; another one in a reward is biased and must be confirmed by
-            `allow_biased_kl`.
+            fp16, which are converted to float32 (float64 with "torch" only).
+        scores: [B], added to the reward of each sequence's last unmasked token. The score of a
+            sequence without unmasked tokens is not used.
+        mask: bool in the shape of `logp`, True at the policy's own tokens. False tokens may hold
+            anything and get outputs of 0.
+        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; not checked on a
+            GPU).
+        kl_coef: reward subtracted per nat of KL. A float, or a float32 scalar tensor on the same
+            device, which is not read on the host.
+        kl_estimator: "k1". Every other estimator is biased in a reward and needs `allow_biased_kl`.
         gamma, lam: discount and lambda, within [0, 1].
-        token_rewards: like `logp`, added token by token; None is 0.
-        score_clip: scores are clipped to +-score_clip first.
-        whiten: advantages get mean 0 and variance 1 over all unmasked tokens of the call (eps
-            1e-8); returns are computed before it.
-        whiten_unbiased: variance over count - 1 instead of count.
+        token_rewards: in the shape of `logp`, added to the reward of each token. If None, nothing
+            is added.
+        score_clip: if given, scores are first clipped to +-score_clip.
+        whiten: True scales the advantages to mean 0 and variance 1 over all unmasked tokens of the
+            call (eps 1e-8). Returns are computed before whitening.
+        whiten_unbiased: True divides the variance by count - 1 instead of count.
         impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
     Returns:
-        ShapedGAE. Its tensors carry no gradient: the inputs are detached.
+        A `ShapedGAE`. Its tensors carry no gradient: the inputs are detached.
     Raises:
-        ValueError: sizes, devices, coefficients, or a biased estimator not asked for.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices or coefficients do not fit, or a biased estimator is used without
+            `allow_biased_kl`.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op, tokens = "shaped_gae", "N" if cu_seqlens is not None else "B T"
     check_estimator(op, kl_estimator)

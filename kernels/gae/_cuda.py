@@ -1,5 +1,5 @@
-"""gae and shaped_gae in CUDA C++ (csrc/cuda/gae.cu): what is launched, and the ops that
-torch.compile sees. The mathematics is in __init__.py."""
+"""gae and shaped_gae in CUDA C++ (csrc/cuda/gae.cu): their launches, and their custom ops for
+torch.compile. The mathematics is in __init__.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan_gae(
     lam: float,
     last_values: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
-    """The outputs of `gae`, to be written by the launches."""
+    """Allocate the outputs of `gae` and plan the launches that write them."""
     advantages, returns = (
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2)
     )
@@ -81,7 +81,7 @@ def plan_shaped_gae(
     whiten: bool,
     whiten_unbiased: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[Launch]]:
-    """The outputs of `shaped_gae`, to be written by the launches."""
+    """Allocate the outputs of `shaped_gae` and plan the launches that write them."""
     N, B = logp.numel(), scores.shape[0]
     advantages, returns, rewards = (
         torch.empty(logp.shape, dtype=torch.float32, device=logp.device) for _ in range(3)

@@ -22,8 +22,9 @@ class ShapedGAE(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Of every token: its sequence, that sequence's end, the next live token (N: none), and whether
-    there is one in the sequence. No host reads."""
+    """Indices for every token: its sequence, the end of this sequence, the next unmasked token (N
+    if there is none), and whether the sequence has a next unmasked token. The host reads
+    nothing."""
 
     sequence_N: Tensor
     end_N: Tensor
@@ -51,8 +52,8 @@ class _Layout(NamedTuple):
         return cls(sequence_N, end_N, next_N, next_N < end_N, bounds[:-1], longest)
 
     def suffix_scan(self, a_N: Tensor, b_N: Tensor) -> Tensor:
-        """y_t = b_t + a_t y_{t+1} within each sequence: after the step with `distance` y_t holds
-        the terms of t ... t + 2 distance - 1."""
+        """Compute y_t = b_t + a_t y_{t+1} within each sequence. After the step with `distance`, y_t
+        holds the terms of t ... t + 2 distance - 1."""
         remaining = self.end_N - torch.arange(b_N.numel(), device=b_N.device)
         distance = 1
         while distance < self.longest:
@@ -87,8 +88,8 @@ def _advantages(
     lam: float,
     last_values_B: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) in the rewards' dtype, each rounded once: sums over thousands of tokens
-    in float32 err by more than that."""
+    """Return (advantages, returns) in the rewards' dtype, each rounded only once. Float32 sums over
+    thousands of tokens would have a larger error."""
     dtype, values_N = rewards_N.dtype, values_N.double()
     delta = _deltas(layout, live_N, rewards_N.double(), values_N, gamma, last_values_B.double())
     decay = torch.where(live_N, gamma * lam, torch.ones_like(delta))
@@ -105,8 +106,8 @@ def gae_reference(
     lam: float,
     last_values: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition as a scan by doubling, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute gae by its definition, as a scan by doubling, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     layout = _Layout.of(live, cu_seqlens)
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
@@ -125,7 +126,8 @@ def k_step_advantages_reference(
     gamma: float,
     last_values: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     layout, live_N, values_N = _Layout.of(live, cu_seqlens), live.reshape(-1), values.reshape(-1)
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
@@ -168,7 +170,8 @@ def shaped_gae_reference(
     whiten: bool,
     whiten_unbiased: bool,
 ) -> ShapedGAE:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     layout, live = _Layout.of(mask, cu_seqlens), mask.reshape(-1)
     kl = torch.where(
         live, token_kl_reference(logp.reshape(-1), ref_logp.reshape(-1), kl_estimator), 0

@@ -1,21 +1,22 @@
-"""gae, shaped_gae and k_step_advantages in Triton, one program a sequence.
+"""gae, shaped_gae and k_step_advantages in Triton, with one program per sequence.
 
-The mathematics and shapes are those of __init__.py. A sequence is walked in chunks, and what a
-chunk leaves to the next is carried, so that its length is a run-time argument. gae and shaped_gae
-go from the end, in one launch: associative scans from the right find the next live value (where
-there are gaps) and compose the recurrence's (a, b). A second launch applies shaped_gae's whitening.
+The mathematics and shapes are those of __init__.py. A program walks its sequence in chunks and
+carries state from one chunk to the next, so the length of a sequence is a run-time argument. gae
+and shaped_gae walk from the end, in one launch. Associative scans from the right find the next
+unmasked value (if tokens are masked) and compose the recurrence's (a, b). A second launch applies
+shaped_gae's whitening.
 
-k_step_advantages is two launches and O(N) work, whatever k. The live tokens of a sequence are cut
-into blocks of k, and a window of k is the end of one block and the beginning of the next: the first
-launch goes from the left and leaves the sums from each block's beginning, side by side; the second
-goes from the right, sums to each block's end and puts the two together. Sums only, of k terms or
-fewer, so nothing cancels.
+k_step_advantages is two launches and O(N) work, whatever k. The unmasked tokens of a sequence are
+divided into blocks of k, so a window of k consists of the end of one block and the beginning of the
+next. The first launch walks from the left and stores the sums from each block's beginning, without
+gaps. The second walks from the right, sums to each block's end and adds the two. Sums only, of k
+terms or fewer, so nothing cancels.
 
 Bytes     gae and shaped_gae read the values and the mask twice (the second time shifted by one,
-          from the cache), the rest once. k-step 24 read and 16 written a token, and twice the mask;
-          without one 20 and 12.
-Numerics  float32 elements; what shaped_gae sums over chunks and sequences is float64, a few scalars
-          a program. Fixed order, no atomics.
+          from the cache), the rest once. k-step 24 read and 16 written per token, and twice the
+          mask; without a mask 20 and 12.
+Numerics  float32 elements; the sums of shaped_gae over chunks and sequences are float64, a few
+          scalars per program. Fixed order, no atomics.
 Source    blocks and windows: van Herk (1992), A fast algorithm for local minimum and maximum
           filters; Gil and Werman (1993), for any associative operation.
 
@@ -75,7 +76,8 @@ def _to_end(ends_right, a_right, b_right, ends_left, a_left, b_left):
 
 @triton.jit
 def _place(cu_seqlens_ptr, b, T):
-    """Where a sequence begins among all tokens, and its length; within it 32 bits are enough."""
+    """Return the index of a sequence's first token among all tokens, and its length. Indices within
+    a sequence fit into 32 bits."""
     if cu_seqlens_ptr is None:
         start, length = b.to(tl.int64) * T, T
     else:
@@ -108,8 +110,9 @@ def _at(x, lane, wanted):
 
 @triton.jit
 def _next_value(values_ptr, mask_ptr, t, length, carry_value):
-    """Of each slot the nearest live value behind it, and whether that is of this chunk or the next
-    slot; carried is the nearest behind those."""
+    """Return, for each token, the nearest unmasked value after it, searched in this chunk and the
+    token after the chunk. If there is none, `carry_value` is the nearest one. Also return whether
+    the value was found there."""
     live_1 = _live(mask_ptr, t + 1, length)
     v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
     has_next = live_1.to(tl.int32)
@@ -120,7 +123,7 @@ def _next_value(values_ptr, mask_ptr, t, length, carry_value):
 
 @triton.jit
 def _advantages(delta, live, decay, carry_advantage):
-    """The recurrence through the gaps: defined at every slot."""
+    """Compute the recurrence across masked tokens; the result is defined at every token."""
     a, local = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose, reverse=True)
     return local + a * carry_advantage
 
@@ -273,9 +276,9 @@ def _beginnings_kernel(
     gamma,
     CHUNK: tl.constexpr,
 ):
-    """Of the p-th live token the discounted rewards from the beginning of its block, and its value,
-    at place p of its sequence; with the last token's also what is behind it (tails), and how many
-    live tokens there are."""
+    """Store, for the p-th unmasked token, the discounted rewards since the beginning of its block,
+    and its value, at place p of its sequence. Also store the tails (the discounted value after the
+    last token) and the number of unmasked tokens."""
     b = tl.program_id(0)
     start, length = _place(cu_seqlens_ptr, b, T)
     rewards_ptr += start
@@ -392,7 +395,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
 
 
 def _like(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, to be written."""
+    """Allocate advantages and returns for a kernel to write."""
     return torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device), torch.empty(
         tokens.shape, dtype=torch.float32, device=tokens.device
     )

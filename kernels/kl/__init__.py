@@ -1,5 +1,5 @@
-"""Estimators of KL(pi || ref) from one sampled token's log-probabilities, and losses made of them.
-The exact ones are in full_kl/.
+"""Estimators of KL(pi || ref) from one sampled token's log-probabilities, and losses built from
+these estimators. The exact KL over the vocabulary is in full_kl/.
 
     k1  = logp - ref_logp               unbiased; the only one that belongs in a reward
     k2  = k1^2 / 2                      biased; as a loss its expected gradient per state is that
@@ -12,12 +12,13 @@ The exact ones are in full_kl/.
                                                            its tokens
               slope     d gradient-estimator / d k1
 
-Shapes    any, the same for both; one estimate an element. A loss takes N tokens of B sequences.
-Bytes     8 B read and 4 B written an element; kl_loss 12 and 4, and 8 in its backward.
+Shapes    logp and ref_logp have one shape, which is free; one estimate per element. A loss takes N
+          tokens of B sequences.
+Bytes     8 B read and 4 B written per element; kl_loss 12 and 4, and 8 in its backward.
 Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8); clamped_count
-          says how often. k3 carries the rounding of logp - ref_logp along (C++, Triton) or works in
-          float64 (torch): the exponential would turn it into a relative error of 1e-6. In a loss
-          k3's slope is 0 beyond the clamp.
+          counts how often. The exponential would turn the rounding error of logp - ref_logp into a
+          relative error of 1e-6. So k3 carries this rounding error along (C++, Triton) or works in
+          float64 (torch). In a loss k3's slope is 0 beyond the clamp.
 Source    Schulman (2020), Approximating KL Divergence; Tang and Munos (2025), On a few pitfalls in
           KL divergence gradient estimation for RL.
 """
@@ -84,7 +85,7 @@ if native.capability:
 
 # ---- public --------------------------------------------------------------------------------------
 def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None = None) -> Tensor:
-    """One estimate of KL(pi || ref), in nats, for every sampled token.
+    """Estimate KL(pi || ref), in nats, at every sampled token.
 
     Args:
         logp, ref_logp: log-probabilities of the sampled tokens, of one shape, float32 (the torch
@@ -92,12 +93,12 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
         estimator: "k1", "k2", "k3" or "abs" (formulas at the top of this file).
         impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        The estimates in the inputs' shape and dtype. A value only: it carries no gradient (which
-        estimator to differentiate is another question).
+        The estimates in the inputs' shape and dtype. They carry no gradient: `kl_loss` chooses
+        which estimator to differentiate.
     Raises:
-        ValueError: unknown estimator, shapes or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: the estimator is unknown, or shapes or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "token_kl"
     check_estimator(op, estimator)
@@ -125,19 +126,19 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
 
 
 def clamped_count(logp: Tensor, ref_logp: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Count the log ratios that are beyond +-20, where k3 clamps its exponential and, in a loss,
-    has no gradient. A policy that drifts so far shows here first.
+    """Count the log ratios beyond +-20, where k3 clamps its exponential and, in a loss, has no
+    gradient. A count above 0 is an early sign of a policy that drifts.
 
     Args:
-        logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For the sequence
-            level of `kl_loss`, sums over the sequences.
-        mask: bool of their shape, False where a token does not count and may hold anything (weights
-            != 0); None counts every token.
+        logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For `kl_loss` with
+            level="sequence", pass the sums over each sequence.
+        mask: bool in the shape of `logp`, such as weights != 0. False tokens are not counted and
+            may hold anything. If None, every token is counted.
     Returns:
-        An int64 scalar on the device of the inputs, not read on the host. NaN is no clamp.
+        An int64 scalar on the device of the inputs, not read on the host. NaN is not counted.
     Raises:
-        ValueError: shapes or devices that do not agree.
-        TypeError: the mask's dtype.
+        ValueError: shapes or devices do not agree.
+        TypeError: the mask is not bool.
     """
     op = "clamped_count"
     for other, tensor in (("ref_logp", ref_logp), ("mask", mask)):
@@ -162,36 +163,38 @@ def kl_loss(
     cu_seqlens: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """KL(pi || ref) as a loss, of log-probabilities sampled from pi: what it reports, what it
-    descends and over what are separate choices.
+    """Compute a loss from estimates of KL(pi || ref) at tokens sampled from pi. `estimator` chooses
+    the reported value, `gradient` the slope that is descended, and `level` tokens or sequences.
 
-    Descended on policy, in expectation over the token a state samples: k1 goes nowhere (its
-    gradient is 0 on average), k2 follows KL(pi || ref), k3 follows KL(ref || pi), the other
-    direction. So the usual default, k3 for both, is not the penalty its value shows; gradient="k2"
-    is. Over sequences every token-level loss, k2 and the exact full_kl included, drops that a token
-    changes the states behind it (relative error of the gradient at three tokens .51, k3 .61). Right
-    there are: k1 in the reward (shaped_gae); level="sequence" with gradient="k2" (noisy); token k2
-    or full_kl together with the detached KL of the tokens to come in the advantage.
+    On policy, the expected gradient per state is: for k1, 0; for k2, that of KL(pi || ref); for k3,
+    that of KL(ref || pi), the other direction. So the usual default, k3 for both, does not descend
+    the KL that it reports; gradient="k2" does.
+
+    Over whole sequences every token-level loss, k2 and the exact full_kl included, ignores that a
+    token changes the states after it. At three tokens this is a relative error of the gradient of
+    .51 (k3: .61). Three ways have the right gradient over sequences: k1 in the reward (shaped_gae);
+    level="sequence" with gradient="k2" (noisy); or token-level k2 or full_kl together with the
+    detached KL of the later tokens in the advantage.
 
     Args:
         logp, ref_logp: [N], or any shape, float32 (the torch implementation also float64), finite
-            where they count; ref_logp is a constant.
-        weights: like `logp`, as of `token_weights`; 0 where a token does not count, and may hold
-            anything.
-        estimator: "k1", "k2", "k3" or "abs", whose value the loss is.
-        gradient: the one whose slope it has.
-        level: "token", or "sequence": the estimators of the whole sequence's log ratio, weighted by
-            the mean of its non-zero weights.
-        cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without it rows of [B, T]
+            where the weight is not 0. ref_logp is a constant.
+        weights: in the shape of `logp`, as `token_weights` returns them. A token of weight 0 does
+            not count, and its other inputs may hold anything.
+        estimator: "k1", "k2", "k3" or "abs": the estimator that gives the loss its value.
+        gradient: the estimator that gives the loss its slope.
+        level: "token", or "sequence". The latter takes the estimators of the whole sequence's log
+            ratio, weighted by the mean of the sequence's non-zero weights.
+        cu_seqlens: [B + 1] int32, for the sequence level of packed [N]. If None, the rows of [B, T]
             are the sequences.
         impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        A scalar; 0 without tokens. Differentiable in logp ("cpp" and "triton" once: a double
-        backward raises).
+        A scalar, 0 if there are no tokens. Differentiable in logp ("cpp" and "triton" once: a
+        double backward raises).
     Raises:
-        ValueError: unknown estimators or level, shapes or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: an estimator or the level is unknown, or shapes or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "kl_loss"
     check_estimator(op, estimator)

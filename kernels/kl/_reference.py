@@ -9,7 +9,8 @@ MAX_LOG_RATIO = 20.0  # inside exponentials
 
 
 def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     k1 = logp_N - ref_logp_N
     if estimator == "k1":
         return k1
@@ -26,8 +27,8 @@ def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Te
 
 
 def _descended(k1: Tensor, estimator: str) -> Tensor:
-    """The estimator as autograd is to see it: k3 without the clip at 0, and constant beyond the
-    clamp."""
+    """Return the estimator in the form that autograd differentiates: k3 without the clip at 0, and
+    constant beyond the clamp."""
     if estimator != "k3":
         return token_kl_reference(k1, torch.zeros_like(k1), estimator)
     return torch.where(
@@ -45,8 +46,8 @@ def kl_loss_reference(
     gradient: str,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """The definition, differentiable, on any device, in float64; cu_seqlens for the sequence level,
-    None for tokens."""
+    """Compute kl_loss by its definition, differentiably, on any device, in float64. `cu_seqlens`
+    selects the sequence level; if it is None, the level is tokens."""
     live = weights_N != 0
     k1 = torch.where(live, logp_N.double() - ref_logp_N.double(), 0)
     weights = weights_N.double()

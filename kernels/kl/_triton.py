@@ -1,15 +1,16 @@
-"""token_kl and kl_loss in Triton: one launch an estimate; a loss and its slope in one pass, and a
-second launch of one program that adds up.
+"""token_kl and kl_loss in Triton: token_kl is one launch. kl_loss computes values and slopes in one
+pass, and a second launch of one program adds up the values.
 
-The mathematics and shapes are those of __init__.py. The estimators here are also those of
-shaped_gae and of the policy loss.
+The mathematics and shapes are those of __init__.py. shaped_gae and the policy loss use the
+estimators of this file, too.
 
 Bytes     token level as in __init__.py; the sequence level reads the weights twice (the second time
-          from the cache). Whole blocks are read and written without a mask, whose unknown alignment
-          would bring every access from 16 bytes down to 4.
-Numerics  float32 elements. k3 carries the rounding of logp - ref_logp along, and takes its
-          exponential from a polynomial: the hardware's errs by 2e-6 at 20 nats. Sums of a block in
-          float32, of a sequence and of the blocks in float64, in a fixed order, no atomics.
+          from the cache). Whole blocks are read and written without a mask, since a mask's unknown
+          alignment would reduce every access from 16 bytes to 4.
+Numerics  float32 elements. k3 carries the rounding error of logp - ref_logp along, and computes its
+          exponential by a polynomial: the hardware's has an error of 2e-6 at 20 nats. Sums of a
+          block in float32, of a sequence and of the blocks in float64, in a fixed order, no
+          atomics.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def clamp(d):
 
 @triton.jit
 def exponential(clamped, d):
-    """e^clamped, and e^clamped - 1 - d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of
-    cancellation, which matters where d is small, and there k = 0. Exactly 1 and 0 at d = 0, which
-    the hardware's approximate exp does not promise."""
+    """Return e^clamped, and e^clamped - 1 - d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free
+    of cancellation. This matters for small d, where k = 0. At d = 0 the results are exactly 1 and
+    0, which the hardware's approximate exp does not promise."""
     k = tl.floor(clamped * 1.44269504 + 0.5)
     k = tl.where(k == k, k, 0.0)  # NaN has no integer; it comes back by f
     f = clamped - k * 0.693359375 + k * 2.12194440e-4
@@ -50,7 +51,7 @@ def exponential(clamped, d):
 
 @triton.jit
 def difference(a, b):
-    """a - b, and what its rounding left over (0 where one is infinite)."""
+    """Return a - b and its rounding error (0 where a or b is infinite)."""
     d = a - b
     t = d - a
     rest = (a - (d - t)) - (b + t)
@@ -59,7 +60,8 @@ def difference(a, b):
 
 @triton.jit
 def kl_value(d, rest, ESTIMATOR: tl.constexpr):
-    """Return the estimate of the KL at log ratio d + rest, where d is what float32 holds of it."""
+    """Return the estimate of the KL at log ratio d + rest; d is the float32 part and rest its
+    rounding error."""
     if ESTIMATOR == _K1:
         value = d
     elif ESTIMATOR == _K2:
@@ -75,7 +77,8 @@ def kl_value(d, rest, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def kl_slope(d, ESTIMATOR: tl.constexpr):
-    """Derivative of the estimator by the log ratio; k3's is 0 beyond the clamp."""
+    """Return the derivative of the estimator with respect to the log ratio; for k3 it is 0 beyond
+    the clamp."""
     if ESTIMATOR == _K1:
         slope = tl.full(d.shape, 1.0, tl.float32)
     elif ESTIMATOR == _K2:
@@ -118,7 +121,7 @@ def _weighted(
     ESTIMATOR: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Store the weighted slopes; the sum of the weighted values."""
+    """Store the weighted slopes, and return the sum of the weighted values."""
     weights = tl.load(weights_ptr + n, mask=inside)
     live = weights != 0.0
     if inside is not None:
@@ -236,7 +239,7 @@ def _kl_loss(
     gradient: int,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and d loss / d logp [N] for a unit upstream gradient."""
+    """Compute the loss, and d loss / d logp [N] for a unit upstream gradient."""
     logp, ref_logp, weights = logp.contiguous(), ref_logp.contiguous(), weights.contiguous()
     loss, slope_N = logp.new_empty(()), torch.empty_like(logp)
     N = logp.numel()

@@ -1,20 +1,21 @@
-"""rope_and_cache: from the qkv projection to rotated queries and the paged KV cache, in one launch.
+"""rope_and_cache: turn the output of the qkv projection into rotated queries, and write keys and
+values into the paged KV cache, in one launch.
 
     q, k, v of a token = the rows of its projection
-    u = norm_weight * x / rms(x), where a head norm is given
+    u = norm_weight * x / rms(x) if a head norm is given, else x
     rotated[i] = u[i] cos[i] - u[i + D/2] sin[i]
     rotated[i + D/2] = u[i + D/2] cos[i] + u[i] sin[i]
     q -> result      k, v -> cache, at block slot // S, position slot % S
 
 Shapes    N tokens; Hq query and Hkv key/value heads of D values, in this order in a row of the
-          projection; the angles' cos and sin [N, D/2]. k_cache [blocks, Hkv, D, S] holds K
+          projection; cos and sin of the angles [N, D/2]. k_cache [blocks, Hkv, D, S] holds K
           transposed inside a block, v_cache [blocks, Hkv, S, D]: one layer of `decode_step`'s
           caches.
-Bytes     N (2 Hq + 4 Hkv) D s (read, write) and 4 N D of angles. Norms, rotation and copy one after
-          the other: N (4 Hq + 8 Hkv) D s.
-Numerics  norm and rotation in float32 (float64 for float64), rounded once to the caches' dtype,
-          when stored: the norm does not round before its weight as rms_norm alone does. v is
-          copied. A row's results depend on nothing but that row.
+Bytes     N (2 Hq + 4 Hkv) D s (read, write) and 4 N D of angles. Norms, rotation and copy as
+          separate steps would take N (4 Hq + 8 Hkv) D s.
+Numerics  norm and rotation in float32 (float64 for float64), rounded once to the caches' dtype when
+          stored. Unlike rms_norm alone, the norm does not round before it multiplies by its weight.
+          v is copied. A row's results depend only on that row.
 Source    rms_norm.py and rope.py, in the order of Qwen3 (norm, then rotation); Kwon et al. (2023),
           PagedAttention.
 """
@@ -55,8 +56,8 @@ def rope_and_cache_reference(
     k_norm_D: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle). Slots outside
-    the cache are not written."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result. Slots outside the cache are not written."""
     N, kv_heads, D = qkv_NC.shape[0], k_cache.shape[1], k_cache.shape[2]
     wide = torch.promote_types(qkv_NC.dtype, torch.float32)
 
@@ -250,28 +251,29 @@ def rope_and_cache(
     of the paged cache. No gradient.
 
     Args:
-        qkv: [N, (Hq + 2 Hkv) D], the output of the fused projection; its last dimension is
-            contiguous, the stride of the tokens is free.
+        qkv: [N, (Hq + 2 Hkv) D], the output of the fused projection. The last dimension must be
+            contiguous; the stride of the tokens is free.
         cos, sin: [N, D/2] of the angles; float32, or qkv's dtype.
-        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: one layer's;
-            written in place. In qkv's dtype; triton and torch also take bfloat16 or float16 beside
-            qkv of float32.
-        slots: [N] int64, block * S + position in the block. The row of a negative slot (padding) is
-            not written; its query is computed all the same. Which of the rows with one slot is
-            written last is undefined.
-        num_heads: Hq.
-        q_norm, k_norm: [D] weights of the heads' RMS norm, in qkv's dtype; None: no norm.
+        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: the caches of one
+            layer, written in place. Their dtype is that of qkv; triton and torch also allow
+            bfloat16 or float16 caches with float32 qkv.
+        slots: [N] int64, block * S + position in the block. A row with a negative slot (padding) is
+            not written, but its query is computed. If several rows have the same slot, it is
+            undefined which of them is written last.
+        num_heads: Hq, the number of query heads.
+        q_norm, k_norm: [D] weights of the heads' RMS norm, in qkv's dtype. If None, no norm is
+            applied.
         eps: added to the mean of the squares.
         impl: "cpp" (CPU), "triton", "cuda" (none of them float64) or "torch"; by default the best
             one for the device.
     Returns:
         [N, Hq, D] rotated queries, contiguous, in the caches' dtype.
     Raises:
-        IndexError: a slot of blocks * S or above, on the CPU, before anything is written (on a GPU
-            that row is not written).
-        ValueError: sizes, strides or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        IndexError: a slot is blocks * S or above. On a CPU this is raised before anything is
+            written; on a GPU nothing is raised and the row is not written.
+        ValueError: sizes, strides or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "rope_and_cache"
     _, C, half, blocks, Hkv, D, size = check(
@@ -338,10 +340,10 @@ def rope_and_cache(
 def copy_blocks(
     k_cache: Tensor, v_cache: Tensor, pairs: Tensor | Sequence[tuple[int, int]]
 ) -> None:
-    """Copy whole blocks in all layers, in place: the copy of copy-on-write.
+    """Copy whole blocks of the cache in all layers, in place, as copy-on-write needs it.
 
-    k_cache, v_cache: [L, blocks, ...]. pairs: [P, 2] of (source, destination); all sources are read
-    before any destination is written, and no destination comes twice.
+    k_cache, v_cache: [L, blocks, ...]. pairs: [P, 2] of (source, destination). All sources are read
+    before any destination is written, and no destination may appear twice.
     """
     pairs = torch.as_tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(k_cache.device)
     for cache in (k_cache, v_cache):

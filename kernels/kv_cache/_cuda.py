@@ -1,5 +1,5 @@
-"""rope_and_cache in CUDA C++ (csrc/cuda/kv_cache.cu): what is launched, and the op that
-torch.compile sees. The mathematics is in __init__.py."""
+"""rope_and_cache in CUDA C++ (csrc/cuda/kv_cache.cu): its launches, and its custom op for
+torch.compile. The mathematics is in __init__.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plan_rope_and_cache(
     k_norm: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, list[Launch]]:
-    """The queries [N, Hq, D], to be written by the launches, as the caches are."""
+    """Allocate the queries [N, Hq, D] and plan the launches, which write them and the caches."""
     N, (blocks, kv_heads, D, size) = qkv.shape[0], k_cache.shape
     q = qkv.new_empty(N, num_heads, D)
     if N == 0:
@@ -107,7 +107,7 @@ def rope_and_cache_cuda(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The op's CUDA C++ implementation."""
+    """Run rope_and_cache in CUDA C++."""
     q, launches = plan_rope_and_cache(
         qkv, cos, sin, k_cache, v_cache, slots, num_heads, q_norm, k_norm, eps
     )

@@ -1,18 +1,18 @@
 """linear_full_kl: full_kl of the logits of two heads, hidden weight^T and ref_hidden ref_weight^T,
-without ever holding N V logits where these are many.
+without ever holding all N V logits when they are many.
 
-Shapes    N rows; H hidden (the reference may have another); V vocabulary; R rows a chunk, whose 2 R
-          V float32 logits are the workspace.
-Flops     forward 2 N V (H + H_ref); backward the same again, as it computes each chunk's logits
-          anew, and 4 N V H for the gradients. In C++ logits of up to 64 MiB in all (or that fit the
-          workspace asked for) are kept where a backward will follow. N counts the rows that matter:
-          masked rows, and in the backward rows no gradient reaches, are compacted away before the
-          products.
+Shapes    N rows; H hidden size (the reference may have a different one, H_ref); V vocabulary size.
+          R rows make a chunk, whose 2 R V float32 logits are the workspace.
+Flops     forward 2 N V (H + H_ref); backward the same again to compute each chunk's logits anew,
+          and 4 N V H for the gradients. In C++, if a backward will follow, logits of up to 64 MiB
+          in all (or the requested workspace) are stored instead. N does not count masked rows nor,
+          in the backward, rows without a gradient: they are dropped before the products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the
-          dtypes. The rows are those of full_kl. Narrow dtypes on a GPU: the gradient of the
-          logits is rounded to them for its two products, as tensor cores take it.
-Host      which rows count is read on the host: forward where there is a mask, and backward; on a
-          GPU that synchronises.
+          dtypes. Each row is computed as in full_kl. On a GPU, with bfloat16 or float16 inputs, the
+          gradient of the logits is rounded to the inputs' dtype for its two products on tensor
+          cores.
+Host      the host reads which rows count, in the forward if there is a mask, and in the backward.
+          On a GPU this synchronises.
 Source    full_kl; chunked heads as in linear_logprob.
 """
 
@@ -46,8 +46,8 @@ def linear_full_kl_reference(
     temperature: float = 1.0,
     direction: str = "reverse",
 ) -> Tensor:
-    """Compute it by definition, with all N V logits; differentiable, on any device and in any float
-    dtype (float64 is the oracle)."""
+    """Compute linear_full_kl by definition, holding all N V logits; differentiable, on any device
+    and in any float dtype. Tests measure the other implementations against its float64 result."""
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -217,28 +217,28 @@ def linear_full_kl(
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """`full_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` with a bounded
-    workspace in place of the logits.
+    """Compute `full_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` in a
+    bounded workspace, without holding all logits at once.
 
     Args:
         hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch
             implementation also float64).
-        ref_hidden, ref_weight: [N, H_ref] and [V, H_ref], of one dtype; constants. With one set of
-            weights and two adapters pass the same weight.
-        temperature, direction: as `full_kl`.
+        ref_hidden, ref_weight: [N, H_ref] and [V, H_ref], of one dtype; constants. If policy and
+            reference differ only by an adapter, pass the same weight twice.
+        temperature, direction: as in `full_kl`.
         bias, ref_bias: [V], of their weight's dtype.
-        mask: [N] bool; rows that are False have KL 0 and no gradient, take part in no product and
-            may hold anything.
-        workspace_bytes: bound of a chunk's logits, both together; at least one row is always held.
-            By default the smaller of 256 MiB and an eighth of the full logits, but never less than
-            4 MiB.
+        mask: [N] bool; False rows have KL 0 and no gradient, take part in no product and may hold
+            anything. If None, every row counts.
+        workspace_bytes: bound of a chunk's float32 logits, those of both heads together; the chunk
+            holds at least one row. Default: the smaller of 256 MiB and an eighth of the full
+            logits, but never less than 4 MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        [N] float32. Differentiable, once, in hidden, weight and bias.
+        [N] float32. Differentiable once in hidden, weight and bias.
     Raises:
-        ValueError: an unknown direction, a number, sizes or devices that do not fit.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: the direction is unknown, or a number, sizes or devices do not fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "linear_full_kl"
     check_direction(op, direction, temperature)

@@ -1,12 +1,13 @@
-"""linear_full_kl in Triton: the products by the library, chunk by chunk, the rows by the kernels of
-full_kl/_triton.py.
+"""linear_full_kl in Triton: chunk by chunk, torch computes the products and the kernels of
+full_kl/_triton.py the rows.
 
 The mathematics and numerics are those of __init__.py.
 
 Forward    R rows of both heads' logits, 8 R V bytes, and the divergence of each pair of rows.
-Backward   both heads' logits of R rows and C columns again, the first overwritten by (float32; else
-           narrowed to the dtype of hidden beside) their gradient, then the two products of that
-           tile. Tiles are square, as in linear_logprob/_triton.py and for its reason.
+Backward   computes both heads' logits of R rows and C columns again, then their gradient, then the
+           two products of that tile. A float32 gradient overwrites the first head's logits; in a
+           narrower dtype it is a separate tensor. Tiles are square for the reason given in
+           linear_logprob/_triton.py.
 Bytes      besides the products' own: 16 N V written and read forward (jsd 24), and 20 N V (narrow
            dtypes) or 24 N V backward.
 Host       the forward reads the mask once, where there is one; the backward reads once which rows a
@@ -43,7 +44,7 @@ def _linear_full_kl_triton(
     direction: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """kl [N], stats [N, 5]."""
+    """Compute kl [N] and stats [N, 5]."""
     N, V = hidden.shape[0], weight.shape[0]
     kl, stats = (
         hidden.new_zeros(N, dtype=torch.float32),
@@ -89,7 +90,7 @@ def _linear_full_kl_triton_backward(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; those not asked for are empty."""
+    """Compute the gradients of hidden, weight and bias; those that are not requested are empty."""
     # the one read
     index_A = (kl_grad != 0 if mask is None else mask & (kl_grad != 0)).nonzero().squeeze(1)
     per_logit = 8 if hidden.dtype == torch.float32 else 8 + hidden.dtype.itemsize

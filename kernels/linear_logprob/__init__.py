@@ -1,24 +1,25 @@
-"""linear_logprob: hidden states -> log-probability of one token a row through the head, without
-ever holding N V logits where these are many.
+"""linear_logprob: from hidden states, through the head, to the log-probability of one token per
+row. It never holds all N V logits when they are many.
 
     z = hidden weight^T + bias      z' = softcap tanh(z / softcap)
 
-and of every row of z' what kernels/logprob says.
+Each row of z' is then scored as in kernels/logprob.
 
-Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the
-          workspace. Triton holds none of them in its forward, and tiles of them in its backward
-          (linear_logprob/_triton.py).
-Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two
-          products of the gradients. In C++ logits of up to 64 MiB in all (or that fit the workspace
-          asked for) are kept where a backward will follow, and it is 4 N H V. N counts the rows
-          that matter: ignored rows, and in the backward rows no gradient reaches, are compacted
-          away before the products.
+Shapes    N rows, H hidden size, V vocabulary size. R rows make a chunk, whose R V float32 logits
+          are the workspace. Triton holds no logits in its forward, and tiles of logits in its
+          backward (linear_logprob/_triton.py).
+Flops     forward 2 N H V. backward 6 N H V: it computes each chunk's logits again before the two
+          products of the gradients. In C++, if a backward will follow, logits of up to 64 MiB in
+          all (or the requested workspace) are stored, and the backward is 4 N H V. N does not count
+          ignored rows nor, in the backward, rows without a gradient: they are dropped before the
+          products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype
-          of hidden and weight. The forward does not depend on whether a gradient will follow:
-          scoring and training the same rows agree in every bit. Narrow dtypes on a GPU: the
-          gradient of the logits is rounded to them for its two products, as tensor cores take it.
-Kept      rows of which truncation left some tokens are scored over those alone (logprob), by chunks
-          of logits, whichever implementation scores them.
+          of hidden and weight. The forward is the same with and without a gradient: scoring and
+          training the same rows agree in every bit. On a GPU, with bfloat16 or float16 inputs, the
+          gradient of the logits is rounded to the inputs' dtype for its two products on tensor
+          cores.
+Kept      with `kept`, a row is scored only over the tokens that truncation left (see logprob).
+          Every implementation does this on chunks of logits.
 Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language
           models, without its approximation.
 """
@@ -53,8 +54,8 @@ def linear_logprob_reference(
     ignore_index: int = -100,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any
-    float dtype (float64 is the oracle)."""
+    """Compute (logp, entropy) by definition, holding all N V logits; differentiable, on any device
+    and in any float dtype. Tests measure the other implementations against its float64 result."""
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
     # an ignored row may hold anything
     hidden = hidden_NH.to(wide).masked_fill((token_ids_N == ignore_index)[:, None], 0.0)
@@ -68,7 +69,7 @@ def linear_logprob_reference(
 
 
 def finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits from the product: the bias, then the softcap."""
+    """Turn the product of hidden and weight into logits: add the bias, then apply the softcap."""
     z_RV = z_RV if bias_V is None else z_RV + bias_V.to(z_RV.dtype)
     return z_RV if softcap is None else softcap * torch.tanh(z_RV / softcap)
 
@@ -254,8 +255,8 @@ def linear_logprob(
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`logprob(hidden @ weight.T + bias, token_ids)` with a bounded workspace in place of the
-    logits.
+    """Compute `logprob(hidden @ weight.T + bias, token_ids)` in a bounded workspace, without
+    holding all logits at once.
 
     Args:
         hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch
@@ -264,25 +265,26 @@ def linear_logprob(
         bias: [V], of the same dtype.
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
             logits after the softcap.
-        softcap: logits become softcap * tanh(logits / softcap).
-        entropy: also return the entropy of each row.
-        ignore_index: rows with this id have logp 0, entropy 0 and no gradient; they take part in no
-            product and may hold anything.
-        kept: as of `logprob`: the tokens that truncation left of each row, over which alone it is
-            scored.
-        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
-            default the smaller of 256 MiB and an eighth of the full logits, but never less than 4
-            MiB: small problems stay whole, and thinner chunks make slower products. Logits that
-            fit it whole, by default 64 MiB, are kept for the backward (C++).
+        softcap: replaces the logits by softcap * tanh(logits / softcap). If None, they stay
+            unchanged.
+        entropy: True also returns the entropy of each row.
+        ignore_index: rows whose token id is this number have logp 0, entropy 0 and no gradient.
+            They take part in no product and may hold anything, NaN included.
+        kept: for each row, the tokens that truncation left (as in `logprob`). The row is scored
+            over only these tokens.
+        workspace_bytes: bound of the chunk's float32 logits; the chunk holds at least one row.
+            Default: the smaller of 256 MiB and an eighth of the full logits, but never less than 4
+            MiB, since thin chunks make slow products. In C++ the logits are stored for the backward
+            if all of them fit the given bound (64 MiB if None).
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and
-        bias. Equal workspaces and equal rows give equal bits, with and without a gradient.
+        logp [N], or (logp [N], entropy [N]); float32. Differentiable once in hidden, weight and
+        bias. With equal workspaces, equal rows give equal bits, with and without a gradient.
     Raises:
-        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN).
-        ValueError: sizes, devices, or a number that does not fit.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        IndexError: an id is outside [0, V), on the CPU (on a GPU the result of its row is NaN).
+        ValueError: sizes, devices or a number do not fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "linear_logprob"
     per_row = temperature if isinstance(temperature, Tensor) else None

@@ -1,24 +1,23 @@
-"""linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers of 32
-logits, so that no logit is ever written.
+"""linear_logprob in Triton: the forward is one product whose epilogue reduces every 32 logits to
+three numbers, so that no logit is ever written.
 
 The mathematics and numerics are those of __init__.py.
 
-Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each
-          row and part of 32 columns the maximum m, S = sum e^d and W = sum d e^d with d = (z - m) /
-          T, and the label's logit where the part has it. A second kernel merges a row's parts in
-          the order of the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not
+Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap). For each row and
+          part of 32 columns it writes the maximum m, S = sum e^d and W = sum d e^d with d = (z - m)
+          / T, and the label's logit if the part contains it. A second kernel merges a row's parts
+          in the order of the vocabulary. A row's arithmetic depends only on V, H and the dtype: not
           on N, the other rows, the workspace, or a later backward. Rows to skip are sorted to the
-          end on the device, and programs that find only such rows stop: nothing is read by the
-          host.
-Backward  the logits of R rows and C columns again by the library's product, overwritten by
-          (float32; else narrowed to the dtype of hidden beside) their gradient, then the two
-          products of that tile. What is accumulated in float32 moves 8 H (1 / R + 1 / C) bytes a
-          logit, so tiles are square; chunks of whole rows would have weight's gradient pass through
-          memory once for some 400 rows of 256 MiB.
+          end on the device, and programs with only such rows stop: the host reads nothing.
+Backward  torch's product computes the logits of R rows and C columns again, then comes their
+          gradient, then the two products of that tile. A float32 gradient overwrites the logits; in
+          a narrower dtype it is a separate tensor. The float32 sums move 8 H (1 / R + 1 / C) bytes
+          per logit, so tiles are square. With chunks of whole rows, weight's gradient would pass
+          through memory once for every 400 rows or so of 256 MiB.
 Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 4 for the parts, written
           and read; the logits would be 8 N V.
 Host      the forward never waits. The backward reads once which rows a gradient reaches.
-Source    __init__.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in
+Source    __init__.py; partial results per tile as in Wijmans et al. (2024), Cut your losses in
           large-vocabulary language models.
 
 One file: the kernels share tiles, and the layout of partial results, with their launchers.
@@ -87,7 +86,7 @@ def _keep(
     V,
     SOFTCAP: tl.constexpr,
 ):
-    """What is kept of rows i, up to `limit`, at the columns of one part of the vocabulary."""
+    """Store the partial results of rows i, up to `limit`, over one part of the vocabulary."""
     WIDTH: tl.constexpr = z.shape[1]
     inside = i < limit
     v = part * WIDTH + tl.arange(0, WIDTH)
@@ -440,8 +439,8 @@ def _gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Row j of the gradient from row source[j] (else j) of columns [first, first + width) of the
-    logits; FINISH: these are the bare product yet."""
+    """Compute row j of the gradient from row source[j] (without a source: j) of columns [first,
+    first + width) of the logits. FINISH: the logits still lack bias and softcap."""
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = j < A
@@ -487,8 +486,8 @@ def _gradient_kernel(
 
 # ---- launchers: allocate, grid -------------------------------------------------------------------
 class Rows(NamedTuple):
-    """Rows to score, and what is known of each: row i is row `row[i]` of hidden. Rows from `live`
-    on (a number on the device; None: none) are skipped."""
+    """Rows to score and their inputs; row i is row `row[i]` of hidden. Rows from index `live` on (a
+    number on the device) are skipped; if it is None, no row is."""
 
     row: Tensor
     ids: Tensor
@@ -497,7 +496,7 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Results of each of the rows, 0 where skipped: logp, entropy, and (max z, S, W / S)."""
+    """Results of each row, 0 where skipped: logp, entropy, and (max z, S, W / S)."""
 
     logp: Tensor
     entropy: Tensor
@@ -514,7 +513,7 @@ class HeadOf(NamedTuple):
 
 
 def unscored(rows: Rows) -> Scores:
-    """Scores to be written."""
+    """Allocate scores for a kernel to write."""
     logp = rows.ids.new_empty(rows.ids.shape, dtype=torch.float32)
     return Scores(logp, torch.empty_like(logp), logp.new_empty(*logp.shape, 3))
 
@@ -529,8 +528,8 @@ def score(
     workspace_bytes: int,
     logits: Tensor | None = None,
 ) -> None:
-    """Write the scores of rows [begin, end), and their logits [end - begin, V] where they are asked
-    for."""
+    """Write the scores of rows [begin, end). If `logits` is given, also write their logits [end -
+    begin, V] into it."""
     weight, bias, temperature, softcap = head
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (V, H), narrow = weight.shape, hidden.dtype.itemsize == 2
@@ -595,8 +594,8 @@ def logits_gradient(
     first: int = 0,
     finished: bool = False,
 ) -> None:
-    """The gradient of the product into `out` [A, width], which may be the logits where `source` is
-    None."""
+    """Write the gradient of the product into `out` [A, width], which may be the logits if `source`
+    is None."""
     A, width = out.shape
     if A and width:
         _gradient_kernel[(triton.cdiv(A, _GRADIENT_ROWS), triton.cdiv(width, _GRADIENT_COLUMNS))](

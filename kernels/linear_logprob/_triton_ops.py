@@ -1,5 +1,5 @@
-"""The Triton ops of linear_logprob: what torch.compile sees, their gradient, and what is compiled
-offline. The kernels and their launchers are in _triton.py."""
+"""The Triton ops of linear_logprob: the custom ops for torch.compile, their gradient, and the
+specialisations to compile offline. The kernels and their launchers are in _triton.py."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _linear_logprob_triton(
     ignore_index: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N], stats [N, 3]."""
+    """Compute logp [N], entropy [N] and stats [N, 3]."""
     ignored = token_ids == ignore_index
     order = ignored.to(torch.uint8).argsort(stable=True)
     rows = Rows(
@@ -103,7 +103,7 @@ def _linear_logprob_triton_backward(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; those not asked for are empty."""
+    """Compute the gradients of hidden, weight and bias; those that are not requested are empty."""
     head = HeadOf(weight, bias, temperature, softcap)
     index_A = (
         ((token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0)))
@@ -216,7 +216,8 @@ _linear_logprob_triton.register_autograd(_backward, setup_context=_setup_context
 
 # ---- what is compiled offline --------------------------------------------------------------------
 def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: bool) -> dict:
-    """`everything`: each optional input and the softcap; `store`: the logits are written."""
+    """Return one specialisation of the logits kernel. `everything`: with each optional input and
+    the softcap; `store`: the logits are written."""
     optional = {
         "bias_ptr": (f"*{dtype}", everything),
         "live_ptr": ("*i64", not store),
@@ -260,8 +261,8 @@ def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: 
 
 
 def _offline_gradient(dtype: str, finish: bool) -> dict:
-    """`finish`: as linear_logprob's backward has it, with everything; else as linear_policy_loss
-    has it."""
+    """Return one specialisation of the gradient kernel. `finish`: as linear_logprob's backward uses
+    it, with every option; else as linear_policy_loss uses it."""
     pointers = {
         "logp_grad_ptr": "*fp32",
         "entropy_grad_ptr": "*fp32",

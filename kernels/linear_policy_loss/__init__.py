@@ -1,5 +1,5 @@
-"""linear_policy_loss: hidden states -> the policy loss and its gradients through the head, with no
-logits kept and none computed twice.
+"""linear_policy_loss: from hidden states to the policy loss and its gradients through the head. It
+neither stores the logits nor computes any of them twice.
 
     z = hidden weight^T + bias, softcapped
     logp_n, H_n of z_n as in kernels/logprob
@@ -8,21 +8,21 @@ logits kept and none computed twice.
     dz_nj = (g_n (1[j = y_n] - p_nj) - h_n p_nj (log p_nj + H_n)) / T
     d hidden = dz weight         d weight = dz^T hidden    d bias = sum_n dz_n
 
-Weights and coefficients are known before the head runs, so the gradient of a chunk of rows is
-formed while its logits are there, and written over them. The loss needs no upstream gradient for
-that: backward scales by it what forward has computed.
+Weights and coefficients are known before the head runs. So the forward forms the gradient of each
+chunk of rows while it holds the chunk's logits, and overwrites the logits with it. The backward
+only scales these gradients by the upstream gradient.
 
-Shapes    N rows, H hidden, V vocabulary, M rows with a weight other than 0, A active ones among
-          them: g_n or h_n is not 0.
-Flops     2 M H V + 4 A H V. Masked rows are left out of every product; rows that are clipped, or
-          whose advantage is 0, with no KL and no entropy term, are left out of the last two. The
-          kinds and levels that need whole sequences score them first, 2 M H V more.
-Memory    the workspace of one chunk, the gradients, a few numbers a row.
+Shapes    N rows, H hidden size, V vocabulary size, M rows whose weight is not 0. A of these are
+          active: g_n or h_n is not 0.
+Flops     2 M H V + 4 A H V. Masked rows are left out of every product. Without a KL and an entropy
+          term, rows that are clipped or have advantage 0 are left out of the last two products. The
+          kinds and levels that need whole sequences score all rows first: 2 M H V more.
+Memory    the workspace of one chunk, the gradients, a few numbers per row.
 Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the
-          dtype of hidden and weight. A row left out would have added exact zeros: the result
-          differs only by how the products group the other rows.
-Host      the rows with a weight, then the active rows of each chunk, are read on the host; on a GPU
-          that synchronises. Triton reads nothing where no gradient is to be formed.
+          dtype of hidden and weight. A row that is left out would add exact zeros, so leaving it
+          out only changes how the products group the other rows.
+Host      the host reads which rows have a weight, then which rows of each chunk are active; on a
+          GPU this synchronises. Triton reads nothing if no gradient is needed.
 Source    the losses and chunked heads of the files named above; rows with zero gradient are dropped
           as in cut cross-entropy, but exactly.
 """
@@ -56,8 +56,8 @@ _IGNORED = -100
 
 
 class LinearPolicyLoss(NamedTuple):
-    """Result of `linear_policy_loss`. The last two are constants, float32 (float64 of float64), and
-    0 where the weight is 0."""
+    """Result of `linear_policy_loss`. The last two fields are constants, float32 (float64 for
+    float64), and 0 where the weight is 0."""
 
     loss: Tensor  # [], differentiable in hidden, weight and bias
     stats: PolicyStats
@@ -79,8 +79,9 @@ def linear_policy_loss_reference(
     softcap: float | None = None,
     **settings: Any,
 ) -> LinearPolicyLoss:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle).
-    `settings` are policy_loss_reference's."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result. `settings` are passed to
+    policy_loss_reference."""
     ids = torch.where(weights_N != 0, token_ids_N, _IGNORED)
     logp_N, entropy_N = linear_logprob_reference(
         hidden_NH, weight_VH, ids, bias_V, temperature, softcap
@@ -181,8 +182,8 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """gradient * scale, once: how the gradient depends on the input `of` is not known any more, and
-    a double backward is refused."""
+    """Return gradient * scale. A double backward raises, since the dependence of the gradient on
+    the input `of` is no longer known."""
 
     @staticmethod
     def forward(ctx, gradient, scale, of):
@@ -204,8 +205,8 @@ def _coefficients(
     weights_N: Tensor,
     index_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d logp and d loss / d entropy of the rows of a chunk; by a chunk of rows each is a
-    function of its own row."""
+    """Return d loss / d logp and d loss / d entropy for the rows of a chunk. Each row's derivatives
+    depend only on that row."""
 
     def rows(column: Tensor | None) -> Tensor | None:
         return None if column is None else column[index_R]
@@ -265,35 +266,36 @@ def linear_policy_loss(
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> LinearPolicyLoss:
-    """`policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops, forward and
-    backward.
+    """Compute `policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops,
+    forward and backward.
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None, of one dtype: float32, bfloat16 or
             float16 (the torch implementation also float64).
-        token_ids: [N] int64 or int32. Where the weight is 0, this and everything else may be
-            anything.
-        old_logp: [N] float32, constant. None: the policy's own, every ratio exactly 1; not for
-            kinds by sequence, nor with a rollout_correction.
-        advantages, weights: [N] float32, constant; these and the keywords up to cu_seqlens are
-            those of `policy_loss`.
+        token_ids: [N] int64 or int32. Rows whose weight is 0 may hold anything in every input.
+        old_logp: [N] float32, constant. If None, the trained policy is also the old policy, and
+            every ratio is exactly 1. None is not allowed for kinds by sequence, nor with a
+            rollout_correction.
+        advantages, weights: [N] float32, constant. These and the keywords up to cu_seqlens mean the
+            same as in `policy_loss`.
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
             logits after the softcap.
-        softcap: logits become softcap * tanh(logits / softcap).
-        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
-            default the smaller of 256 MiB and an eighth of the full logits, but never less than 4
+        softcap: replaces the logits by softcap * tanh(logits / softcap). If None, they stay
+            unchanged.
+        workspace_bytes: bound of the chunk's float32 logits; the chunk holds at least one row.
+            Default: the smaller of 256 MiB and an eighth of the full logits, but never less than 4
             MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        (loss, stats, logp, entropy): a scalar, differentiable once in hidden, weight and bias,
-        whose gradients exist when it returns (no gradient is formed for what requires none); the
-        statistics of `policy_loss`, entropy always among them; what `linear_logprob` says of the
-        rows with a weight, as constants.
+        LinearPolicyLoss (loss, stats, logp, entropy). The loss is a scalar, differentiable once in
+        hidden, weight and bias; the forward already computes the gradients of those that require
+        one. The stats are those of `policy_loss` and always include the entropy. logp and entropy
+        are those that `linear_logprob` gives for the rows with a weight, as constants.
     Raises:
-        IndexError: an id outside [0, V) where the weight is not 0, on the CPU.
-        ValueError: sizes, devices or settings that do not fit.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here, or a double backward.
+        IndexError: an id is outside [0, V) in a row whose weight is not 0, on the CPU.
+        ValueError: sizes, devices or settings do not fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine, or backward is differentiated again.
     """
     op = "linear_policy_loss"
     part = PolicyPart(
@@ -359,8 +361,8 @@ def linear_policy_loss(
 def _scored(
     part: PolicyPart, hidden: Tensor, weight: Tensor, ids: Tensor, head: dict[str, Any]
 ) -> PolicyPart:
-    """The part with its log-probabilities where it is by sequence: what a token takes from its
-    sequence is known before it is its turn."""
+    """Return the part; if it is by sequence, first fill in its log-probabilities. A token's term
+    then needs numbers of its whole sequence before the token's chunk is reached."""
     if not part.by_sequence:
         return part
     with torch.no_grad():
@@ -371,7 +373,7 @@ def _scored(
 def _compiled(
     impl: str, arguments: tuple[Any, ...], workspace_bytes: int | None, N: int, V: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The C++ or the Triton op; which gradients are formed, the former sees by itself."""
+    """Call the C++ or the Triton op. The C++ op finds out by itself which gradients are needed."""
     if impl == "cpp":
         return torch.ops.fusedrl.linear_policy_loss(
             *arguments, -1 if workspace_bytes is None else workspace_bytes

@@ -1,26 +1,25 @@
-"""linear_policy_loss in Triton: the scores come out of the product itself, the gradient is formed
-while the chunk's logits are there.
+"""linear_policy_loss in Triton. The kernel of the product also computes the scores, and the
+gradient is computed while the chunk's logits are in memory.
 
-The mathematics and numerics are those of __init__.py. Rows are scored by
-linear_logprob/_triton.py and their coefficients formed by policy_loss/_triton.py: loss and
-statistics are those of the two ops one after the other on the rows that count, up to the order in
-which the compiler adds 32 columns, which it chooses for each size of tile (under the interpreter:
-in every bit).
+The mathematics and numerics are those of __init__.py. Rows are scored by linear_logprob/_triton.py
+and their coefficients formed by policy_loss/_triton.py: loss and statistics equal those of the two
+ops in sequence on the rows that count. The only difference is the order in which the compiler adds
+32 columns, which it chooses for each tile size (under the interpreter every bit is equal).
 
     R rows -> product, whose epilogue keeps the logits and the row statistics -> coefficients ->
     active rows appended to the gradients dz C - R pending rows of dz, or the end -> d hidden = dz
     weight, d weight += dz^T hidden
 
-Workspace  R V float32 logits and C V gradients of hidden's dtype, C >= 2 R: rows gather over
-           several chunks, so that the last two products stay thick when few rows are active. R is a
-           whole number of the product's tiles where there is room for one. The row statistics take
-           3/8 of a byte a logit besides.
+Workspace  R V float32 logits and C V gradients of hidden's dtype, C >= 2 R. Active rows are
+           collected over several chunks, so that the last two products have many rows even when few
+           rows are active. R is a multiple of the product's tile size if the workspace holds at
+           least one tile. The row statistics take another 3/8 of a byte per logit.
 Bytes      a chunk reads weight (V H s), writes its logits and reads them once; dz is written once
            and read twice. Each flush reads and writes the float32 gradient of weight, 8 V H: with V
-           = 151936 and H = 4096 that is 5 GB for some 600 rows of 256 MiB. Where memory allows,
-           give more: with 2 GiB it is 5 GB for some 4,000 rows, and no longer counts.
-Host       with a gradient to form, reads which rows have a weight, and of each chunk which are
-           active, while the device waits; without one, nothing.
+           = 151936 and H = 4096 that is 5 GB for some 600 rows of 256 MiB. If memory allows, give a
+           larger workspace: with 2 GiB it is 5 GB for some 4,000 rows, which is negligible.
+Host       if a gradient is needed, the host reads which rows have a weight, and which rows of each
+           chunk are active, while the device waits. Otherwise it reads nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +47,8 @@ _STATS = len(PolicyStats._fields)
 
 
 def rows_of(workspace_bytes: int, V: int, itemsize: int) -> tuple[int, int]:
-    """Rows of logits and of gradients that the workspace holds: at least one each."""
+    """Return the number of rows of logits, and of gradients, that the workspace holds: at least one
+    each."""
     R = max(1, workspace_bytes // (max(1, V) * (4 + 2 * itemsize)))
     R -= R % BLOCK_ROWS if R > BLOCK_ROWS else 0
     return R, max(R, (workspace_bytes // max(1, V) - 4 * R) // itemsize)
@@ -56,14 +56,14 @@ def rows_of(workspace_bytes: int, V: int, itemsize: int) -> tuple[int, int]:
 
 # ---- custom op: what torch.compile sees ----------------------------------------------------------
 class Gradients(NamedTuple):
-    """Sums of the gradients that are asked for; weight and bias in float32."""
+    """Sums of the requested gradients; those of weight and bias are float32."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     def add(self, hidden: Tensor, weight: Tensor, dz_AV: Tensor, members_A: Tensor) -> None:
-        """The products with the gradients of the logits of some rows of hidden."""
+        """Add the products with the logits' gradients of some rows of hidden."""
         if self.hidden is not None:
             self.hidden[members_A] = product(dz_AV, weight).to(hidden.dtype)
         if self.weight is not None:
@@ -97,8 +97,8 @@ def _linear_policy_loss_triton(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients
-    for a unit upstream gradient (those not asked for are empty)."""
+    """Compute loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's
+    gradients for a unit upstream gradient. Gradients that are not requested are empty."""
     V = weight.shape[0]
     head = HeadOf(weight, bias, temperature, softcap)
     backward = for_hidden or for_weight or for_bias
@@ -122,7 +122,7 @@ def _linear_policy_loss_triton(
     scores = unscored(rows)
 
     def policy(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, statistics, d loss / d logp) of rows [begin, end)."""
+        """Return (loss, statistics, d loss / d logp) of rows [begin, end)."""
         logp, entropy = scores.logp[begin:end], scores.entropy[begin:end]
         old, advantage, ref, *derived = (None if t is None else t[begin:end] for t in columns)
         loss, stats, grad, _ = policy_value_loss_triton(
@@ -169,8 +169,8 @@ def _walk(
     grads: Gradients,
     workspace_bytes: int,
 ) -> None:
-    """Score the rows and add up their gradients, chunk by chunk; those of rows that reach no
-    gradient are left out of the products."""
+    """Score the rows and add up their gradients, chunk by chunk. Rows whose gradient is 0 are left
+    out of the products."""
     M, V = rows.row.numel(), head.weight.shape[0]
     R, C = rows_of(workspace_bytes, V, hidden.dtype.itemsize)
     R, C = min(R, M), min(C, M)

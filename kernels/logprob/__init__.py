@@ -1,22 +1,23 @@
-"""logprob: logits -> log-probability of one token a row, and the entropy of the row, in one read.
+"""logprob: log-probability of one token per row of logits, and the entropy of the row, in one read.
 
     d_j = (z_j - max z) / T     S = sum e^d     W = sum d e^d
     logp = d_y - log S          H = log S - W / S
     dz_j = (g (1[j = y] - p_j) - h p_j (d_j - W / S)) / T
 
-with g and h the upstream gradients of logp and of H.
+g and h are the upstream gradients of logp and of H.
 
-Shapes    N rows behind any leading dimensions; V vocabulary.
-Bytes     forward N V s (one read), backward 2 N V s (read and write); `logprob_` writes the
-          gradient over the logits.
-Numerics  float32 inside and out, whatever the logits. The maximum is subtracted before dividing by
-          T (dividing first at an offset of 1e4 and T = 0.7 costs 4e-4 nats) and the weighted sum is
-          the shifted one (the unshifted one cancels at large logits). -inf logits contribute
-          exactly nothing; a label on -inf gives -inf with a zero gradient from g; a row that is all
-          -inf gives logp -inf, entropy 0, gradient 0; NaN or +inf in a row gives NaN in its
-          results, and nothing else does.
-Kept      the sums, and j, run over the tokens that truncation left of the row: the others count as
-          -inf, are not read, and get a gradient of exactly 0.
+Shapes    N rows (any leading dimensions, flattened); V vocabulary size; s bytes per logit.
+Bytes     forward N V s (one read), backward 2 N V s (read and write). `logprob_` overwrites the
+          logits with their gradient.
+Numerics  float32 inside and out, whatever the dtype of the logits. The maximum is subtracted before
+          the division by T: dividing first, at an offset of 1e4 and T = 0.7, costs 4e-4 nats. W
+          sums the shifted logits d, because a sum of unshifted logits cancels when they are large.
+          -inf logits contribute exactly nothing. A label whose logit is -inf has logp -inf and a
+          zero gradient from g. A row of only -inf gives logp -inf, entropy 0, gradient 0. NaN or
+          +inf in a row makes the results of that row NaN; nothing else gives NaN.
+Kept      with `kept`, the sums and j run only over the tokens that truncation (top-k, top-p, min-p)
+          left in the row. The other tokens count as -inf, are not read, and get a gradient of
+          exactly 0.
 Source    the log-softmax; online maximum as in Milakov and Gimelshein (2018), Online normalizer
           calculation for softmax.
 """
@@ -104,7 +105,7 @@ if native.capability:
 
 # ---- autograd: the in-place reference (the other implementations bring their own) ----------------
 class _InPlaceTorch(torch.autograd.Function):
-    """The reference, with its gradient copied over the logits."""
+    """Run the reference and copy its gradient over the logits."""
 
     @staticmethod
     def forward(ctx, logits, *rest):
@@ -132,31 +133,33 @@ def logprob(
     kept: Kept | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of one token a row under softmax(logits / temperature), in nats.
+    """Return the log-probability, in nats, of one token per row under softmax(logits /
+    temperature).
 
     Args:
         logits: [..., V] float32, bfloat16 or float16 (the torch implementation also float64); any
             row strides, contiguous last dimension.
         token_ids: [...] int64 or int32.
-        temperature: above 0; a number, or a tensor [...] with one value a row (it receives no
-            gradient).
-        entropy: also return the entropy of each row.
-        ignore_index: rows with this id have logp 0, entropy 0 and no gradient, and are not read.
-        kept: the tokens that truncation left of each row, in the order of the rows (`sample`
-            returns them). A row is then scored under the distribution over its kept tokens alone:
-            its logits outside are not read and get a gradient of exactly 0, a label outside has
-            logp -inf.
+        temperature: above 0. A number, or a tensor [...] with one value per row, which receives no
+            gradient.
+        entropy: True also returns the entropy of each row.
+        ignore_index: rows whose token id is this number are not read; they have logp 0, entropy 0
+            and no gradient.
+        kept: for each row in order, the tokens that truncation (top-k, top-p, min-p) left, as
+            `sample` returns them. Each row is then scored under the distribution over only these
+            tokens. The logits of other tokens are not read and get a gradient of exactly 0; a label
+            among other tokens has logp -inf.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
-        logp [...], or (logp [...], entropy [...]); float32. Differentiable, once, in the logits.
+        logp [...], or (logp [...], entropy [...]); float32. Differentiable once in the logits.
     Raises:
-        IndexError: an id outside [0, V), or kept ids that do not ascend, on CPU tensors. On a GPU a
-            row with an id outside is NaN, and `fusedrl.kernels.runtime.faults.raise_faults` raises
-            it later (the torch implementation only has the NaN); whether kept ids ascend is not
-            looked at.
-        ValueError: sizes, devices, strides or a temperature that does not fit.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        IndexError: an id of a CPU tensor is outside [0, V), or its kept ids do not ascend. On a GPU
+            a row with an id outside [0, V) gives NaN, and
+            `fusedrl.kernels.runtime.faults.raise_faults` raises the error later (the torch
+            implementation only gives NaN). A GPU does not check whether kept ids ascend.
+        ValueError: sizes, devices, strides or the temperature do not fit.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     return _logprob(
         "logprob", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=False
@@ -173,19 +176,19 @@ def logprob_(
     kept: Kept | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`logprob` whose backward overwrites `logits` with their gradient: no second [..., V] tensor,
-    and no page faults for one.
+    """Compute `logprob`, but let its backward overwrite `logits` with their gradient. This saves a
+    second [..., V] tensor and its page faults.
 
-    Afterwards `logits` holds the gradient. Autograd refuses whatever would read the old values: a
-    second backward through this call, or an operation that saved these logits (such as the tanh
-    that made them), raises "modified by an inplace operation" when it is reached. Within
-    torch.compile only "cpp" does so; the others are `logprob` there. Arguments, results and errors
-    as `logprob`; in addition:
+    After backward, `logits` holds the gradient. Autograd then raises "modified by an inplace
+    operation" for everything that would read the old values: a second backward through this call,
+    or the backward of an operation that saved these logits (such as the tanh that made them).
+    Within torch.compile only "cpp" overwrites the logits; the other implementations behave as
+    `logprob`. Arguments, results and errors are those of `logprob`; in addition:
 
     Raises:
-        ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf
-            itself), whose rows overlap in memory, or whose leading dimensions have more strides of
-            their own than the implementation walks (cpp two, the others one).
+        ValueError: the logits are a leaf that requires a gradient (its .grad would be the leaf
+            itself), their rows overlap in memory, or their leading dimensions need more independent
+            strides than the implementation supports (two in cpp, one in the other implementations).
     """
     return _logprob(
         "logprob_", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=True
@@ -267,7 +270,7 @@ def _on_a_gpu(
     entropy: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """By Triton or CUDA C++, whose rows are those of a matrix."""
+    """Run the Triton or CUDA C++ kernel, which needs the logits as a matrix."""
     rows = logits.reshape(-1, logits.shape[-1])  # a copy where the leading dimensions do not merge
     if in_place and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
@@ -287,8 +290,8 @@ def _on_a_gpu(
 
 
 def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
-    """Raise IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids, so
-    on a GPU it would wait."""
+    """Raise IndexError if an id is neither in [0, V) nor `ignore_index`. The host reads the ids, so
+    on a GPU this would synchronise."""
     wrong = (token_ids != ignore_index) & ((token_ids < 0) | (token_ids >= V))
     if wrong.any():
         row = int(wrong.reshape(-1).nonzero()[0])
@@ -299,8 +302,8 @@ def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
 
 
 def _check_kept(op: str, kept: Kept, V: int) -> None:
-    """Raises ValueError for offsets and IndexError for ids that are not as Kept says; it reads
-    them, so on a GPU it would wait."""
+    """Raise ValueError if the offsets, or IndexError if the ids, break the rules of `Kept`. The
+    host reads both, so on a GPU this would synchronise."""
     ids_K, offsets = kept
     if offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] > len(ids_K):
         raise ValueError(

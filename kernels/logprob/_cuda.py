@@ -1,5 +1,5 @@
-"""logprob in CUDA C++ (csrc/cuda/logprob.cu): what is launched, the ops that torch.compile sees,
-and their gradient. The mathematics is in __init__.py."""
+"""logprob in CUDA C++ (csrc/cuda/logprob.cu): its launches, its custom ops for torch.compile, and
+their gradient. The mathematics is in __init__.py."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def plan_forward(
     kept_ids_K: Tensor | None,
     kept_offsets: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """(logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S), to be written by the
-    launches."""
+    """Allocate (logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S), and plan the launches
+    that write them."""
     N, V = logits_NV.shape
     logp_N, stats_N3 = (
         logits_NV.new_empty(N, dtype=torch.float32),
@@ -89,7 +89,7 @@ def plan_backward(
     kept_offsets: Tensor | None,
     out_NV: Tensor,
 ) -> list[Launch]:
-    """The gradient into `out_NV`, which may be the logits."""
+    """Plan the launches that write the gradient into `out_NV`, which may be the logits."""
     N, V = logits_NV.shape
     if N == 0 or V == 0:
         return []
@@ -137,7 +137,7 @@ def logprob_cuda(
     kept_ids: Tensor | None,
     kept_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's CUDA C++ implementation."""
+    """Run logprob in CUDA C++."""
     outputs, launches = plan_forward(
         logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets
     )
@@ -181,7 +181,7 @@ def _logprob_cuda_backward(
     kept_offsets: Tensor | None,
     out: Tensor,
 ) -> None:
-    """The gradient into `out`; `logits` None: `out` holds the logits."""
+    """Write the gradient into `out`. If `logits` is None, `out` holds the logits."""
     nvrtc.run(
         plan_backward(
             logp_grad,
@@ -254,7 +254,7 @@ logprob_cuda.register_autograd(_backward, setup_context=_setup_context)
 
 
 class InPlaceCuda(torch.autograd.Function):
-    """The op above, with the gradient written over the logits."""
+    """Compute the op above, but overwrite the logits with their gradient."""
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]

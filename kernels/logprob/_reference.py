@@ -15,8 +15,8 @@ def logprob_reference(
     ignore_index: int = -100,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) by definition, differentiable, on any device and in any float dtype (float64
-    is the oracle)."""
+    """Compute (logp, entropy) by definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     ignored = token_ids == ignore_index
     in_range = (token_ids >= 0) & (token_ids < logits.shape[-1])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(
@@ -43,7 +43,8 @@ def logprob_reference(
 
 
 def _kept_mask(kept: Kept, V: int) -> Tensor:
-    """[N, V] bool. Sizes follow from those of `kept` alone: nothing of it is read on the host."""
+    """Return [N, V] bool, True at kept tokens. The host reads no values: all sizes follow from the
+    sizes of `kept`."""
     N = kept.offsets.numel() - 1
     row_K = torch.searchsorted(
         kept.offsets[1:],

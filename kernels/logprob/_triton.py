@@ -1,5 +1,5 @@
-"""logprob in Triton: one program a row walks the vocabulary, or what the row kept of it, with an
-online maximum; the gradient goes block by block.
+"""logprob in Triton: one program per row walks the vocabulary, or only the row's kept tokens, with
+an online maximum. The gradient is computed block by block.
 
 The mathematics, shapes and numerics are those of __init__.py.
 """
@@ -197,7 +197,7 @@ def _forward_triton(
     kept_ids_K: Tensor | None,
     kept_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S)."""
+    """Compute (logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S)."""
     N, V = logits_NV.shape
     logp_N, stats_N3 = (
         logits_NV.new_empty(N, dtype=torch.float32),
@@ -243,7 +243,7 @@ def _backward_triton(
     kept_offsets: Tensor | None,
     out_NV: Tensor,
 ) -> None:
-    """The gradient into `out_NV`, which may be the logits."""
+    """Write the gradient into `out_NV`, which may be the logits."""
     N, V = logits_NV.shape
     if N == 0:
         return
@@ -287,7 +287,7 @@ def logprob_triton(
     kept_ids: Tensor | None,
     kept_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's Triton implementation."""
+    """Run logprob in Triton."""
     return _forward_triton(
         logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets
     )
@@ -395,7 +395,7 @@ logprob_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 class InPlaceTriton(torch.autograd.Function):
-    """The op above, with the gradient written over the logits."""
+    """Compute the op above, but overwrite the logits with their gradient."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -1,19 +1,19 @@
-"""Normalisation over a batch: masked whitening, advantages within groups, and moments that run on
-from batch to batch.
+"""Normalisation over a batch: masked whitening, advantages within groups, and running moments over
+many batches.
 
-    masked_whiten     (x - mean) / sqrt(variance + eps), + mean where the mean is to stay
+    masked_whiten     (x - mean) / sqrt(variance + eps), + mean if shift_mean is False
     group_normalize   grpo (s - mean_g) / (std_g + eps)     dr_grpo s - mean_g
                       rloo s - mean of the others = G / (G - 1) (s - mean_g)
                       batch (s - mean_g) / (std of all scores + eps)               none s
 
-Shapes    masked_whiten any; one mean and one variance over all unmasked elements. group_normalize B
-          scores in groups g of G.
-Bytes     4 B read and 4 B written an element, the mask's byte, and another read for the moments.
-Numerics  two passes, never E[x^2] - E[x]^2, which cancels. torch subtracts the residual mean once
-          more: with a mean of 1e4 the error falls from 9e-4 to 3e-7. C++ and Triton keep the
-          moments in double. Blocks are merged in a fixed order: no dependence on the thread count.
-          Groups, a few scores each, are computed in double; one whose scores are all equal gets
-          exact zeros, not the rounding of its mean.
+Shapes    masked_whiten takes any shape and has one mean and one variance over all unmasked
+          elements. group_normalize takes B scores in groups g of G scores.
+Bytes     4 B read and 4 B written per element, the mask's byte, and one more read for the moments.
+Numerics  two passes, never E[x^2] - E[x]^2, which cancels. The torch implementation subtracts the
+          remaining mean a second time: with a mean of 1e4 the error falls from 9e-4 to 3e-7. C++
+          and Triton hold the moments in double. Blocks are merged in a fixed order, so results do
+          not depend on the thread count. Groups, a few scores each, are computed in double. A group
+          whose scores are all equal gets exact zeros, not the rounding error of its mean.
 Source    Chan, Golub and LeVeque (1983), Algorithms for Computing the Sample Variance; whitening as
           in lm-human-preferences (Ziegler et al., 2019). Groups: Shao et al. (2024), GRPO; Liu et
           al. (2025), Dr. GRPO; Kool, van Hoof and Welling (2019) and Ahmadian et al. (2024), RLOO.
@@ -88,24 +88,24 @@ def masked_whiten(
     eps: float = WHITEN_EPS,
     impl: str | None = None,
 ) -> Tensor:
-    """Mean 0 and variance 1 over the unmasked elements; masked elements become 0, whatever they
-    held (NaN too).
+    """Scale the unmasked elements to mean 0 and variance 1. Masked elements become 0, even if they
+    held NaN.
 
     Args:
-        x: any shape, any float dtype, computed in float32 (float64 with the torch implementation
-            only).
-        mask: bool in the shape of `x`; None takes every element.
-        shift_mean: False keeps the mean and sets only the variance.
-        unbiased: divide by count - 1 instead of count.
+        x: any shape, any float dtype; computed in float32 (float64 only by the torch
+            implementation).
+        mask: bool in the shape of `x`, False where masked. If None, no element is masked.
+        shift_mean: False leaves the mean as it is and scales only the variance.
+        unbiased: True divides the variance by count - 1 instead of count.
         eps: added to the variance.
         impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        Like `x`, in float32 (float64 for float64). One unmasked element becomes 0 (itself without
-        shift_mean). Carries no gradient.
+        A tensor in the shape of `x`, float32 (float64 for float64), without a gradient. If only one
+        element is unmasked, it becomes 0 (with shift_mean False it stays unchanged).
     Raises:
-        ValueError: shapes or devices that do not agree.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: shapes or devices do not agree.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "masked_whiten"
     if mask is not None and (mask.shape != x.shape or mask.device != x.device):
@@ -137,27 +137,28 @@ def group_normalize(
     unbiased: bool = True,
     impl: str | None = None,
 ) -> GroupNormalized:
-    """Advantages of scores against their group, the completions of one prompt (formulas at the top
-    of this file).
+    """Compute the advantage of each score over its group. A group is the completions of one prompt
+    (formulas at the top of this file).
 
     Args:
         scores: [B], any float dtype, computed in float64.
-        group_ids: [B] int64 or int32, equal where the group is; any values in any order. An integer
-            is taken for `group_size`.
-        group_size: in place of ids, groups of so many consecutive scores.
-        method: "grpo", "dr_grpo", "rloo", "batch" or "none" (the scores as they are).
+        group_ids: [B] int64 or int32; scores with equal ids are one group. Any values in any order.
+            An integer in place of a tensor means `group_size`.
+        group_size: in place of ids, the number of consecutive scores that make a group.
+        method: "grpo", "dr_grpo", "rloo", "batch" or "none" (returns the scores unchanged).
         eps: added to the standard deviation (grpo, batch).
-        unbiased: that deviation over count - 1 (grpo, batch).
+        unbiased: True divides the variance by count - 1 instead of count (grpo, batch).
         impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         GroupNormalized(advantages [B], zero_variance [B]), float32 (float64 for float64), without a
-        gradient. Where a group has a single value, as a group of one always does, its advantages
-        are exactly 0 (unless "none"). A NaN score makes its group NaN ("batch": all).
+        gradient. A group whose scores are all equal, or that has one score, gets advantages of
+        exactly 0 (unless "none"). A NaN score makes the advantages of its group NaN ("batch": of
+        all groups).
     Raises:
-        ValueError: an unknown method, sizes or devices that do not agree, neither or both of ids
-            and size.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: the method is unknown, sizes or devices do not agree, or neither or both of
+            `group_ids` and `group_size` are given.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "group_normalize"
     if method not in GROUP_METHODS:
@@ -194,10 +195,10 @@ def group_normalize(
 
 
 class RunningMoments:
-    """Mean and variance of everything seen so far (reward scaling). Before the first element: mean
-    0, variance 1, count 0.
+    """Running mean and variance of all elements passed to `update`, for reward scaling. Before the
+    first element: mean 0, variance 1, count 0.
 
-    `state_dict` is plain floats: it goes into a JSON checkpoint and comes back bitwise.
+    `state_dict` holds plain floats, which a JSON checkpoint restores exactly.
     """
 
     def __init__(self) -> None:
@@ -205,8 +206,8 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Square root of the unbiased variance; of the population variance for a single element; 1
-        before the first."""
+        """Square root of the unbiased variance. For a single element: of the population variance.
+        Before the first element: 1."""
         return (
             math.sqrt(self.variance * self.count / (self.count - 1.0))
             if self.count > 1.0
@@ -214,11 +215,11 @@ class RunningMoments:
         )
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
-        """Merge the (unmasked) elements of `x`; reads them on the host. Returns this batch's own
-        mean and population variance.
+        """Merge the unmasked elements of `x` into the moments; the host reads these elements.
+        Return the mean and population variance of `x` alone.
 
         Raises:
-            ValueError: a NaN or infinity among them, which would stay for ever.
+            ValueError: an element is NaN or infinite. It would spoil the moments for ever.
         """
         batch = x.detach().double() if mask is None else x.detach().double()[mask]
         n = float(batch.numel())
@@ -245,7 +246,7 @@ class RunningMoments:
         return {"mean": self.mean, "variance": self.variance, "count": self.count}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take over moments that `state_dict` gave. Raises KeyError for a missing entry."""
+        """Restore the moments that `state_dict` returned. Raise KeyError if an entry is missing."""
         self.mean, self.variance, self.count = (
             float(state["mean"]),
             float(state["variance"]),

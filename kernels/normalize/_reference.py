@@ -15,7 +15,8 @@ def masked_whiten_reference(
     unbiased: bool = False,
     eps: float = WHITEN_EPS,
 ) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    """Compute the result by its definition, on any device and in any float dtype. Tests measure the
+    other implementations against its float64 result."""
     live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     count = live.sum().to(x.dtype).clamp(min=1)
     mean = torch.where(live, x, 0).sum() / count
@@ -30,7 +31,8 @@ def masked_whiten_reference(
 def group_normalize_reference(
     scores_B: Tensor, group_ids_B: Tensor, method: str, eps: float, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
-    """The definition, on any device, in float64; no host reads, whatever the ids."""
+    """Compute group_normalize by its definition, on any device, in float64. The host reads no
+    ids."""
     x, B = scores_B.double(), scores_B.numel()
     ids, order = torch.sort(group_ids_B, stable=True)
     # of each sorted score, from 0

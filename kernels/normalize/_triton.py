@@ -1,14 +1,15 @@
-"""masked_whiten in Triton, two launches: moments of each program's blocks, then every program
-merges them and whitens its share. group_normalize in one.
+"""masked_whiten and group_normalize in Triton. masked_whiten is two launches: the first computes
+the moments of each program's blocks; in the second every program merges them and whitens its share.
+group_normalize is one launch.
 
-The mathematics and shapes are those of __init__.py. Group ids are in any order, so that a program
-compares its rows' ids with all others, tile by tile, twice: for the sum and the count, then for the
-squared deviations.
+The mathematics and shapes are those of __init__.py. Group ids are in any order, so a program
+compares the ids of its rows with all ids, tile by tile. It does so twice: for the sum and the
+count, then for the squared deviations.
 
-Bytes     masked_whiten 8 read and 4 written an element, and the mask twice. group_normalize next to
-          nothing; its cost is the comparisons, 2 B^2 (2 B G with group_size, which says where to
-          look, unless the method is batch): nothing below 10^4 scores, some milliseconds at 10^5,
-          where a sort would win.
+Bytes     masked_whiten 8 read and 4 written per element, and the mask twice. group_normalize moves
+          next to no bytes; its cost is 2 B^2 comparisons (2 B G with group_size, unless the method
+          is batch). This is negligible below 10^4 scores, and some milliseconds at 10^5, where a
+          sort would be faster.
 Numerics  whitening: float32 deviations from a pivot near the mean of their block, the rest float64.
           Groups are computed in float64. Fixed order of summation, no atomics; a group's members
           add up in the order of their tiles and every other score adds an exact 0.
@@ -41,7 +42,8 @@ def merge(count, mean, m2, other_count, other_mean, other_m2):
 
 @triton.jit
 def moments(x, live):
-    """Count, mean and sum of squared deviations of a block, in float64 but for its elements."""
+    """Return count, mean and sum of squared deviations of a block, in float64 from float32
+    elements."""
     n = tl.sum(live.to(tl.int32)).to(tl.float32)
     some = tl.where(n > 0.0, n, 1.0)
     pivot = tl.sum(tl.where(live, x, 0.0)) / some

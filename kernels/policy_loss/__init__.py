@@ -1,4 +1,4 @@
-"""The policy objectives and the value loss: values, gradients and every statistic from one pass
+"""The policy objectives and the value loss: their values, gradients and statistics from one pass
 over the tokens.
 
     d         = logp - old_logp
@@ -8,7 +8,7 @@ over the tokens.
     value     v_t = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
     loss      = sum_t weights_t l_t + value_coef sum_t weights_t v_t
 
-The KL term, k = logp - ref_logp, tokens drawn from the policy:
+The KL term, with k = logp - ref_logp and tokens drawn from the policy:
 
     estimator   value               slope by logp       as a loss, per state (or for completions of
                                                         one token) its expected gradient is
@@ -19,26 +19,28 @@ The KL term, k = logp - ref_logp, tokens drawn from the policy:
                                                         the value is right
     abs         |k|                 sign(k)             of no KL
 
-`kl_gradient` names the estimator whose slope is taken when it is not that of the value:
-kl_estimator="k3", kl_gradient="k2" reports and adds an unbiased KL and follows KL(pi || ref). The
-default k3 alone is what most systems do: it follows the forward KL. Over completions of several
-tokens every token-level loss drops the term by which a token changes the states that follow, and
-with it part of the gradient of the KL between completions; exact are k1 in the reward with
-reward-to-go, and kl_level="sequence" with k2: K^2 / 2 for K = sum_t k_t, written per token as K k_t
-/ 2 with the slope K (the weights have to be one number a sequence). Beyond |k| = 20 k3 is cut
-inside the exponential and its slope is 0. The tests establish each of these by enumeration.
+`kl_gradient` names the estimator that gives the slope, if it is not the one that gives the value.
+kl_estimator="k3" with kl_gradient="k2" reports and adds an unbiased KL and descends KL(pi || ref).
+The default, k3 for both, is what most systems use: it descends KL(ref || pi).
 
-Shapes    N tokens. weights_N == 0 means masked: what the other inputs hold there is never read into
-          anything.
-Bytes     policy 16 N read (4 N more for each of entropy, ref_logp, the correction and what a
-          sequence kind adds) and 4 N written; value 8 N (12 N with a clip) and 4 N; forward.
-          Backward scales: 8 N a gradient. What a token takes from its sequence is formed before, by
+Over completions of several tokens, every token-level loss ignores that a token changes the states
+after it. So it misses part of the gradient of the KL between completions. Two ways are exact. One
+is k1 in the reward with reward-to-go. The other is kl_level="sequence" with k2: K^2 / 2 for K =
+sum_t k_t, written per token as K k_t / 2 with the slope K (all weights of a sequence must be
+equal). Beyond |k| = 20, k3 is clamped inside the exponential and its slope is 0. The tests
+establish each of these by enumeration.
+
+Shapes    N tokens. weights_N == 0 means masked: the other inputs of a masked token never affect a
+          result.
+Bytes     forward: policy 16 N read (4 N more for each of entropy, ref_logp, the correction and the
+          input of a sequence kind) and 4 N written; value 8 N (12 N with a clip) and 4 N. Backward
+          only scales the gradients: 8 N for each. The per-sequence inputs are computed before, by
           torch.
 Numerics  float32 terms; sums over fixed blocks, then in double in block order: no atomics, the same
           bits every run and for any thread count. exp and k3 come from one expansion without
-          cancellation: d == 0 gives ratio 1.0 and KLs 0.0 exactly. A ratio on a bound is inside.
-          The explained variance is formed from deviations about block means (Chan's merge), never
-          from E[x^2] - E[x]^2.
+          cancellation: d == 0 gives ratio 1.0 and KLs 0.0 exactly. A ratio equal to a bound is not
+          clipped. The explained variance is formed from deviations about block means (Chan's
+          merge), never from E[x^2] - E[x]^2.
 Source    objective.py; the value loss: Schulman et al. (2017), eq. 9, clipped; k1, k2, k3: Schulman
           (2020), Approximating KL divergence.
 """
@@ -174,13 +176,14 @@ def policy_value_loss(
     cu_seqlens: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, PolicyStats, ValueStats]:
-    """`policy_loss` + value_coef * `value_loss` over the same tokens and weights, in one pass.
+    """Compute `policy_loss` + value_coef * `value_loss` over the same tokens and weights, in one
+    pass.
 
-    Args: those of the two functions; `value_clip` is the value loss's `clip`.
+    Args: those of the two functions; `value_clip` is the `clip` of `value_loss`.
     Returns:
-        (loss, PolicyStats, ValueStats); each statistics' `loss` is its own part, the value's
-        without the coefficient.
-    Raises: as the two functions.
+        (loss, PolicyStats, ValueStats). `PolicyStats.loss` is the policy part; `ValueStats.loss` is
+        the value part without value_coef.
+    Raises: the errors of the two functions.
     """
     policy = PolicyPart(
         logp=logp,
@@ -236,42 +239,47 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """sum_t weights_t (correction_t * policy term_t + kl_coef * kl_t - entropy_coef * entropy_t).
+    """Compute sum_t weights_t (correction_t * policy term_t + kl_coef * kl_t - entropy_coef *
+    entropy_t).
 
     Args:
-        logp: [N] float32 log-probabilities of the tokens under the policy that is trained.
-        old_logp: [N], under the policy of the last rollout or scoring, constant. None, for kind
-            "reinforce" only: the policy is that policy, and the ratio statistics say so (ratio 1,
-            KL 0). "reinforce" uses it for the statistics alone.
+        logp: [N] float32 log-probabilities of the tokens under the trained policy.
+        old_logp: [N] log-probabilities under the policy that sampled or last scored the tokens;
+            constant. Only kind "reinforce" allows None: the trained policy is then the old policy
+            (ratio 1, KL 0). "reinforce" uses `old_logp` only for statistics.
         advantages: [N], constant.
-        weights: [N], constant, as from `token_weights`; 0 means masked: the token counts nowhere,
-            and may be NaN in every other input.
+        weights: [N], constant, as `token_weights` returns them. 0 means masked: the token does not
+            count, and may be NaN in every other input.
         objective: the policy term.
-        ref_logp: [N], under the reference policy, constant; for the KL term and its statistic.
-        kl_coef: the term's factor.
-        kl_estimator: "k1", "k2", "k3" or "abs", the term's value.
-        kl_gradient: whose slope it has, by default the same one's: k1's is useless, k2's follows
-            KL(pi || ref), k3's KL(ref || pi) (see the top of this file).
-        kl_level: "token"; or "sequence", with kl_estimator "k2" and cu_seqlens: half the square of
-            the sequence's log ratio.
-        entropy: [N] of the policy's distribution at each token, for the bonus and the statistics.
-        entropy_coef: the bonus's factor.
-        rollout_logp: [N], under the program that sampled, constant.
-        rollout_correction: what becomes of exp(old_logp - rollout_logp); both or neither.
-        cu_seqlens: [B + 1] int32 or int64, from 0 to N; for the kinds gspo and geometric_mean and
-            whatever has level "sequence".
+        ref_logp: [N] log-probabilities under the reference policy, constant; for the KL term and
+            its statistic.
+        kl_coef: factor of the KL term.
+        kl_estimator: "k1", "k2", "k3" or "abs"; gives the KL term its value.
+        kl_gradient: estimator that gives the KL term its slope; by default `kl_estimator`. The
+            slope of k1 is useless, that of k2 descends KL(pi || ref), that of k3 KL(ref || pi) (see
+            the top of this file).
+        kl_level: "token", or "sequence": half the square of the sequence's log ratio. The latter
+            needs kl_estimator "k2" and cu_seqlens.
+        entropy: [N] entropy of the policy's distribution at each token, for the entropy bonus and
+            the statistics.
+        entropy_coef: factor of the entropy bonus.
+        rollout_logp: [N] log-probabilities that the sampling program computed, constant.
+        rollout_correction: how to use exp(old_logp - rollout_logp) as a weight. Give `rollout_logp`
+            and `rollout_correction` together, or neither.
+        cu_seqlens: [B + 1] int32 or int64, from 0 to N; needed by the kinds gspo and geometric_mean
+            and by every "sequence" level.
         impl: "cpp", "triton", "cuda" or "torch" (which also takes float64); by default the best one
             for the device.
     Returns:
-        (loss, PolicyStats): a scalar, differentiable once (with "torch" any number of times) in
-        `logp` and `entropy` only. A log ratio beyond +-20 is cut inside the exponential and has no
-        gradient there ("reinforce" and "dro" have no exponential in their loss, and the one of
-        "cispo" has no gradient anyway).
+        (loss, PolicyStats). The loss is a scalar, differentiable once (with "torch" any number of
+        times) in `logp` and `entropy` only. A log ratio beyond +-20 is clamped inside the
+        exponential and has no gradient through it ("reinforce" and "dro" have no exponential in
+        their loss, and the one of "cispo" has no gradient anyway).
     Raises:
-        ValueError: sizes or devices that do not agree, a coefficient without its tensor, a missing
-            old_logp or cu_seqlens, an unknown estimator or level.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here, or a double backward.
+        ValueError: sizes or devices do not agree, a coefficient lacks its tensor, old_logp or
+            cu_seqlens is missing, or an estimator or level is unknown.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine, or backward is differentiated again.
     """
     policy = PolicyPart(
         logp=logp,
@@ -305,25 +313,25 @@ def value_loss(
     clip: float | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, ValueStats]:
-    """sum_t weights_t max((values - returns)^2, (values clipped to within `clip` of old_values -
-    returns)^2) / 2.
+    """Compute sum_t weights_t max((values - returns)^2, (clipped - returns)^2) / 2, where `clipped`
+    is `values` limited to old_values +- clip.
 
     Args:
-        values: [N] float32, of the critic that is trained.
-        old_values: [N], of the critic at the rollout, constant; not read, and may be None, without
-            a clip.
+        values: [N] float32, from the trained critic.
+        old_values: [N], from the critic at the rollout, constant. Read only if `clip` is given;
+            otherwise may be None.
         returns, weights: [N], constant; weights as in `policy_loss`.
-        clip: how far a value may move from the old one before the gradient stops; None: no bound.
+        clip: distance from its old value at which a value's gradient stops. If None, there is no
+            bound.
         impl: "cpp", "triton", "cuda" or "torch" (which also takes float64); by default the best one
             for the device.
     Returns:
-        (loss, ValueStats): a scalar, differentiable once (with "torch" any number of times) in
-        `values` only.
+        (loss, ValueStats). The loss is a scalar, differentiable once (with "torch" any number of
+        times) in `values` only.
     Raises:
-        ValueError: sizes or devices that do not agree, a clip that is not positive or has no
-            old_values.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here, or a double backward.
+        ValueError: sizes or devices do not agree, or the clip is not positive or has no old_values.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine, or backward is differentiated again.
     """
     chosen = _checked(
         "value_loss",
@@ -344,7 +352,7 @@ def value_loss(
 def _checked(
     op: str, impl: str | None, policy: PolicyPart, clip: float | None, **values: Tensor | None
 ) -> str:
-    """Refuse what cannot be served; the name of the implementation that serves the rest."""
+    """Raise if the arguments do not fit; return the name of the implementation to use."""
     tensors = dict(values)
     if op != "value_loss":
         tensors = {
@@ -390,8 +398,8 @@ def _checked(
 
 
 def check_policy(op: str, policy: PolicyPart, N: int) -> None:
-    """Raise unless the settings of the policy part fit together; tensors' sizes are checked before,
-    their dtypes after."""
+    """Raise unless the settings of the policy part fit together. The caller checks the tensors'
+    sizes before, and their dtypes after."""
     objective, correction, cu_seqlens = (
         policy.objective,
         policy.rollout_correction,

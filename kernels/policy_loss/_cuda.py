@@ -1,9 +1,9 @@
-"""policy_value_loss in CUDA C++ (csrc/cuda/policy_value_loss.cu): what is launched, the op that
-torch.compile sees, and its gradient.
+"""policy_value_loss in CUDA C++ (csrc/cuda/policy_value_loss.cu): its launches, its custom op for
+torch.compile, and its gradient.
 
-The mathematics, shapes and numerics are those of __init__.py. The kind and the estimators of the
-KL term are compile-time options of the kernel: each that a run uses is compiled once. A token's
-mathematics is that of the C++ kernels (csrc/shared/objectives.h).
+The mathematics, shapes and numerics are those of __init__.py. The kind and the estimators of the KL
+term are compile-time options of the kernel; each combination that a run uses is compiled once. The
+formulas per token are shared with the C++ kernels (csrc/shared/objectives.h).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ OFFLINE_SOURCES = {
 
 # ---- launcher: check, allocate, grid -------------------------------------------------------------
 def _check(x: policy_loss_fused.Arguments) -> None:
-    """Raise ValueError for sums of sequences that are not there, and numbers too many or few."""
+    """Raise ValueError if per-sequence inputs are missing, or if there are too many or too few
+    coefficients."""
     if x.logp is not None and x.kind in SEQUENCE_KINDS and x.sequence_log_ratio is None:
         raise ValueError(
             f"policy_value_loss: expected sequence_log_ratio [N] for kind {x.kind}, got None; pass "
@@ -68,8 +69,9 @@ def _check(x: policy_loss_fused.Arguments) -> None:
 def plan_policy_value_loss(
     *given: object,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
-    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient
-    (empty where that part is absent), to be written. given: the Arguments of _fused.py."""
+    """Allocate loss, statistics, d loss / d logp and d loss / d values, and plan the launches that
+    write them. The gradients are for a unit upstream gradient, and empty if their part is absent.
+    given: the Arguments of _fused.py."""
     x = policy_loss_fused.Arguments(*given)  # type: ignore[arg-type]
     _check(x)
     outputs = loss, stats, logp_grad, values_grad = policy_loss_fused.outputs(

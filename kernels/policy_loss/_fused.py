@@ -1,5 +1,5 @@
-"""What the Triton and the CUDA C++ op of policy_value_loss share: shapes of the results, and the
-gradient, which the forward pass has formed."""
+"""Code shared by the Triton and the CUDA C++ op of policy_value_loss: shapes of the results, and
+the backward, which uses the gradient that the forward pass computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATS = len(PolicyStats._fields) + len(ValueStats._fields)
 
 
 class Arguments(NamedTuple):
-    """The op's parameters: tensors [N], names of the kind and of the KL's estimators, and the
+    """Parameters of the op: tensors [N], names of the kind and of the KL's estimators, and the
     numbers of COEFFICIENTS."""
 
     logp: Tensor | None
@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
     coefficients: list[float]
 
     def columns(self) -> list[Tensor | None]:
-        """The tensors, contiguous."""
+        """Return the tensors, made contiguous."""
         return [None if t is None else t.contiguous() for t in self[:-4]]
 
     def coefficient(self, name: str) -> float:
@@ -49,8 +49,8 @@ _NO_GRADIENTS: dict[str, Tensor | None] = dict.fromkeys(Arguments._fields)
 def outputs(
     logp: Tensor | None, weights: Tensor, values: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], statistics [STATS], and d loss / d logp and d loss / d values [N] (empty where that
-    part is absent), to be written."""
+    """Allocate loss [], statistics [STATS], d loss / d logp and d loss / d values [N] for a kernel
+    to write. A gradient is empty if its part is absent."""
     N = weights.numel()
     sizes: tuple[tuple[int, ...], ...] = (
         (),
@@ -63,7 +63,8 @@ def outputs(
 
 
 def attach(op: torch.library.CustomOpDef) -> None:
-    """Give an op of policy_value_loss's parameters its fake and its autograd."""
+    """Register the fake implementation and the autograd of an op with the parameters of
+    policy_value_loss."""
     op.register_fake(
         lambda logp, old_logp, advantages, weights, entropy, values, *rest: outputs(
             logp, weights, values

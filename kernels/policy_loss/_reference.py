@@ -41,8 +41,8 @@ def policy_loss_reference(
     rollout_correction: RolloutCorrection | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     part = PolicyPart(
         logp=logp_N,
         old_logp=old_logp_N,
@@ -125,8 +125,8 @@ def _statistics(
     entropy_N: Tensor | None,
     correction: Tensor | None,
 ) -> PolicyStats:
-    """Means over the live tokens. bounded: those that the lower, the upper and the dual bound
-    stopped."""
+    """Compute the statistics as means over the unmasked tokens. bounded: masks of the tokens whose
+    gradient the lower, the upper and the dual bound removed."""
     (low, high, too_far), clamped = bounded, _clamp(d)
     tokens = live.sum().to(loss.dtype)
     seen, any_token = tokens.clamp(min=1), tokens > 0
@@ -170,7 +170,7 @@ def _clamp(d: Tensor) -> Tensor:
 
 
 def _cut(x: Tensor, d: Tensor) -> Tensor:
-    """x, without gradient where |d| is beyond the clamp."""
+    """Return x, without gradient where |d| is beyond the clamp."""
     return torch.where(d.abs() > MAX_LOG_RATIO, x.detach(), x)
 
 
@@ -182,7 +182,8 @@ def _policy_terms(
     A: Tensor,
     log_s: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms, and which tokens were bounded: high, low, dual."""
+    """Return the policy terms, and masks of the tokens that the upper, lower and dual bounds
+    clipped."""
     kind, (lower, upper, dual, tau_positive, tau_negative, beta) = (
         objective.kind,
         objective.coefficients.values(),
@@ -227,7 +228,8 @@ def _kl_term(k: Tensor, estimator: str, kl_sum: Tensor | None) -> Tensor:
 
 
 class Derived(NamedTuple):
-    """Constants [N], or None, that tokens take from their sequences and from the rollout."""
+    """Per-token constants [N], or None, computed from the tokens' sequences and from the
+    rollout."""
 
     correction: Tensor | None
     sequence_log_ratio: Tensor | None
@@ -235,8 +237,8 @@ class Derived(NamedTuple):
 
 
 class PolicyPart(NamedTuple):
-    """The policy part of a call, as policy_loss documents it. `logp` None: there is none, or it is
-    not known yet."""
+    """Arguments of the policy part of a call, as policy_loss documents them. `logp` is None if
+    there is no policy part, or if it is not known yet."""
 
     logp: Tensor | None = None
     old_logp: Tensor | None = None
@@ -259,7 +261,7 @@ class PolicyPart(NamedTuple):
         return self.objective.by_sequence or self.kl_level == "sequence"
 
     def derived(self, weights_N: Tensor) -> Derived:
-        """Constants of the loss; needs `logp` where the part is by sequence."""
+        """Compute the per-token constants of the loss. Needs `logp` if the part is by sequence."""
         correction = log_s = kl_sum = None
         live = weights_N != 0
         if (
@@ -311,8 +313,8 @@ class PolicyPart(NamedTuple):
     def settings(
         self, value_clip: float = math.inf, value_coef: float = 0.0
     ) -> tuple[str, str, str, list[float]]:
-        """Arguments of kernels beside tensors: the kind, the estimators of the KL's value and
-        slope, and COEFFICIENTS."""
+        """Return the kernels' arguments that are not tensors: the kind, the estimators of the KL's
+        value and slope, and COEFFICIENTS."""
         of_sequence = self.kl_level == "sequence"
         value, slope = (
             ("sequence_k2",) * 2
@@ -336,8 +338,8 @@ def value_loss_reference(
     *,
     clip: float | None = None,
 ) -> tuple[Tensor, ValueStats]:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the
-    oracle)."""
+    """Compute the result by its definition, differentiably, on any device and in any float dtype.
+    Tests measure the other implementations against its float64 result."""
     live = weights_N != 0
     values, returns, weights = (
         torch.where(live, values_N, 0),
@@ -376,5 +378,5 @@ def value_loss_reference(
 
 
 def _squared_deviations(deviations_N: Tensor, seen: Tensor) -> Tensor:
-    """Their sum, from deviations about a mean that was rounded."""
+    """Return the sum of squared deviations, corrected for the rounding of the mean."""
     return deviations_N.square().sum() - deviations_N.sum() ** 2 / seen

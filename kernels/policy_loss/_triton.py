@@ -1,11 +1,11 @@
-"""policy_value_loss in Triton: one launch forms the gradients and the sums of each block of tokens,
-a second one adds the blocks up.
+"""policy_value_loss in Triton: one launch computes the gradients and the sums of each block of
+tokens; a second launch adds up the blocks.
 
 The mathematics, shapes and numerics are those of __init__.py; C++
 (csrc/cpu/ops/policy_value_loss.cpp) does the same in the same order.
 
-Shapes    N tokens in blocks of BLOCK; partials [ROWS, blocks] float32, one row per sum: read by
-          columns in a fixed order, so no atomics.
+Shapes    N tokens in blocks of BLOCK; partials [ROWS, blocks] float32, one row per sum. Blocks are
+          added in a fixed order, without atomics.
 Bytes     policy 16 N read (4 N more for each optional input) and 4 N written; value 8 N (12 N with
           a clip) and 4 N; the partials are N / 16 bytes.
 """
@@ -73,8 +73,8 @@ def _kl_slope(k, kl_sum, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _store_moments(out_ptr, blocks, x, live, count):
-    """Mean and sum of squared deviations of a block. The mean is two numbers: far from 0 one
-    float32 is too coarse for the variance."""
+    """Store mean and sum of squared deviations of a block. The mean is stored as two numbers: far
+    from 0, one float32 is too coarse for the variance."""
     mean = tl.sum(tl.where(live, x, 0.0)) / tl.maximum(count, 1.0)
     deviation = tl.where(live, x - mean, 0.0)
     rest = tl.sum(deviation) / tl.maximum(count, 1.0)
@@ -259,8 +259,8 @@ def _mean(ptr, blocks, inside):
 
 @triton.jit
 def _merge_moments(counts_ptr, moments_ptr, blocks, seen, CHUNK: tl.constexpr):
-    """Mean and sum of squared deviations of everything from those of the blocks (Chan's merge),
-    chunks of blocks in order, in float64."""
+    """Merge the blocks' means and sums of squared deviations into those of all tokens (Chan's
+    merge), chunks of blocks in order, in float64."""
     at = tl.arange(0, CHUNK)
     sums = tl.zeros([CHUNK], dtype=tl.float64)
     for start in range(0, blocks, CHUNK):
@@ -292,7 +292,8 @@ def _combine_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Every statistic from the partials: one program, chunks of blocks in order, in float64."""
+    """Compute every statistic from the partials: one program, chunks of blocks in order, in
+    float64."""
     rows = tl.arange(0, ROWS)
     at = tl.arange(0, CHUNK)
     sums = tl.zeros([ROWS, CHUNK], dtype=tl.float64)
@@ -384,8 +385,8 @@ def policy_value_loss_triton(
     kl_gradient: str,
     coefficients: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient
-    (empty where that part is absent)."""
+    """Compute loss, statistics, d loss / d logp and d loss / d values for a unit upstream gradient.
+    A gradient is empty if its part is absent."""
     x = policy_loss_fused.Arguments(
         logp,
         old_logp,

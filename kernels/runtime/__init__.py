@@ -1,2 +1,2 @@
-"""What ops share: which implementation serves a call (dispatch), the compiled kernels (native,
+"""Code shared by all ops: the choice of an implementation (dispatch), the compiled kernels (native,
 nvrtc), checks of arguments, and faults of GPU kernels."""

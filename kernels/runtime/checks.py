@@ -1,11 +1,10 @@
-"""Checks of tensor arguments: sizes are names, bound across the tensors of one call, and a mismatch
-prints the whole pattern.
+"""Checks of tensor arguments. A pattern names the sizes of a tensor; a name must have the same
+value in all tensors of a call. A mismatch prints the whole pattern.
 
     N, H, V = check("linear_logprob", {"hidden": (hidden, "N H"), "weight": (weight, "V H"),
         "token_ids": (token_ids, "N")})
 
-Callers add what is special to them (dtype families, strides) with `check_dtype` and
-`check_last_contiguous`.
+Callers check dtypes and strides with `check_dtype` and `check_last_contiguous`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LEAST_TEMPERATURE = 2.0**-126  # below it 1 / T is infinite in float32
 
 
 def check_temperature(op: str, temperature: float) -> None:
-    """Raise ValueError unless logits can be divided by it in float32."""
+    """Raise ValueError unless logits can be divided by `temperature` in float32."""
     if not temperature >= LEAST_TEMPERATURE:
         least = f" (at least {LEAST_TEMPERATURE:.2g})" if temperature > 0 else ""
         raise ValueError(
@@ -33,7 +32,7 @@ def check_temperature(op: str, temperature: float) -> None:
 
 
 def describe(tensor: object) -> str:
-    """A tensor as errors print it."""
+    """Describe a tensor for an error message."""
     if not isinstance(tensor, Tensor):
         return f"{type(tensor).__name__} {tensor!r}"[:80]
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
@@ -48,16 +47,16 @@ _parsed = functools.lru_cache(maxsize=512)(_parse)
 
 
 def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[int, ...]:
-    """Bind the named sizes of every tensor; all tensors on one device. Returns the sizes in order
-    of first appearance.
+    """Check that the named sizes agree across tensors, and that all tensors are on one device.
+    Return the sizes in order of first appearance.
 
     Args:
-        op: name for the message.
-        arguments: name -> (tensor or None to skip, pattern such as "N V"; a number in a pattern is
-            that size).
+        op: name of the op, for error messages.
+        arguments: maps a name to (tensor, pattern). A tensor of None is skipped. In a pattern such
+            as "N V" or "N 2", a number is a fixed size.
     Raises:
-        TypeError: not a tensor.
-        ValueError: sizes or devices that do not agree; the message lists every argument with its
+        TypeError: an argument is not a tensor.
+        ValueError: sizes or devices do not agree. The message lists every argument with its
             pattern.
     """
     sizes: dict[str, int] = {}
@@ -111,8 +110,9 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor | None) -> None:
 
 
 def refuse_double_backward(op: str) -> None:
-    """Called in a backward whose gradients were computed by hand and carry no graph: with
-    create_graph they would pass for constants."""
+    """Raise RuntimeError if a backward runs with create_graph. Call it in a backward whose
+    gradients are computed by hand and carry no graph: a double backward would silently treat them
+    as constants."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{op}: expected one backward pass, got a double backward (create_graph=True), which "

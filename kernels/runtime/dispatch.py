@@ -1,13 +1,13 @@
-"""Which implementation serves a call: one table per op, resolved in one place.
+"""Choice of the implementation for a call, from one table per op.
 
-An op declares what it has, best first for each device type:
+An op declares its implementations, best first for each device type:
 
     _IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
-`choose` returns a name. One asked for by `impl=` or `use_impl` must be able to run or the call
-raises; nothing falls back silently: a default that this machine lacks is told of once, with the
-reason and what to do. FUSEDRL_IMPL names a preference for a whole run: it applies to the ops that
-have that implementation, and the others use their default.
+`choose` returns the name of an implementation. If `impl=` or `use_impl` names one that cannot run,
+the call raises. No fallback is silent: if the default is missing on this machine, one warning gives
+the reason and the remedy. The environment variable FUSEDRL_IMPL names a preference for a whole run.
+It applies to the ops that have this implementation; the other ops use their default.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _told: set[tuple[str, str]] = set()
 
 
 def _tell_of_lack(name: str, kind: str) -> None:
-    """Warn, once a process, that the default implementation `name` is missing on this machine."""
+    """Warn, once per process, that the default implementation `name` is missing on this machine."""
     if (
         (name, kind) in _REMEDIES
         and (name, kind) not in _told
@@ -100,15 +100,15 @@ def _tell_of_lack(name: str, kind: str) -> None:
 
 
 def unavailable(name: str, device_type: str) -> str | None:
-    """Why implementation `name` cannot run on `device_type` ("cpu" or "cuda") on this machine; None
-    when it can."""
+    """Return why implementation `name` cannot run on `device_type` ("cpu" or "cuda") on this
+    machine, or None if it can."""
     return _WHY_NOT.get((name, device_type), f"there is no implementation called {name!r} for it")
 
 
 @contextlib.contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Make every op of this process use implementation `name` within the block, or raise
-    CannotServe."""
+    """Make every op of this process use implementation `name` within the `with` block. Ops that
+    cannot use it raise CannotServe."""
     global _forced
     before, _forced = _forced, name
     try:
@@ -118,13 +118,13 @@ def use_impl(name: str) -> Iterator[None]:
 
 
 class CannotServe(RuntimeError):
-    """The implementation that was asked for does not serve this call, or does not run on this
+    """Error: the requested implementation does not support this call, or does not run on this
     machine."""
 
 
 @dataclass(frozen=True)
 class Implementations:
-    """Table of one op: implementation names per device type, best first."""
+    """Table of an op's implementations: names per device type, best first."""
 
     op: str
     cpu: tuple[str, ...]
@@ -140,10 +140,11 @@ class Implementations:
         impl: str | None = None,
         refused: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
-        """Name of the implementation for tensors on `device`. Raises CannotServe when the one asked
-        for cannot run.
+        """Return the name of the implementation for tensors on `device`. Raise CannotServe if the
+        requested one cannot run.
 
-        `refused`: implementations that do not serve this very call (its dtype, its sizes), and why.
+        `refused`: maps implementations that do not support this call (its dtype, its sizes) to the
+        reason.
         """
         kind = "cuda" if device.type == "cuda" else "cpu"
         wanted = impl or _forced

@@ -1,15 +1,15 @@
-"""Faults: what kernels on a GPU found wrong with the ids they were given, told at the next moment
-the host looks anyway.
+"""Faults: errors in token ids that GPU kernels found. They are raised later, when the host waits
+for the device anyway.
 
-A kernel cannot raise, and waiting for it would cost every call a synchronisation. An op that meets
-such an id makes the row NaN and stores 1 into its slot of the device's flag; `raise_faults` reads
-the flag, where the host waits for the device in any case.
+A kernel cannot raise, and waiting for each kernel would cost every call a synchronisation. So an op
+that meets an id out of range makes the result of its row NaN, and stores 1 into its slot of the
+device's flag. `raise_faults` reads the flag at a moment when the host waits in any case.
 
-The flag is not among the arguments of the custom ops: torch.library differentiates only ops that
-mutate nothing. It may stay hidden from functionalization because kernels only ever raise it and no
-result is computed from it, so that what it says depends neither on the order nor on the number of
-the calls. (A call whose results nobody uses may be dropped from a compiled graph, and its report
-with it.) Its memory stays where it is for as long as the process lives: CUDA graphs may hold it.
+The flag is not an argument of the custom ops, since torch.library differentiates only ops that
+mutate nothing. Functionalization need not know of the flag: kernels only ever set it, and no result
+is computed from it. So its content depends neither on the order nor on the number of the calls.
+(torch.compile may drop a call whose results are not used, and then its report is lost, too.) The
+flag's memory never moves while the process lives, since CUDA graphs may hold its address.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _flags: dict[torch.device, Tensor] = {}  # [len(_OPS)] int32 a device
 
 
 def flag(op: str, device: torch.device) -> Tensor:
-    """The slot of `op` on `device`, [1] int32: a kernel stores 1 there. The first call on a device
-    allocates; make it before capturing a CUDA graph."""
+    """Return the slot of `op` in the flag of `device`, [1] int32, into which a kernel stores 1. The
+    first call on a device allocates memory, so make it before capturing a CUDA graph."""
     if device not in _flags:
         with torch.inference_mode(False):  # an inference tensor could not be cleared elsewhere
             _flags[device] = torch.zeros(len(_OPS), dtype=torch.int32, device=device)
@@ -33,13 +33,11 @@ def flag(op: str, device: torch.device) -> Tensor:
 
 
 def raise_faults(device: torch.device | None = None) -> None:
-    """Raise what kernels reported since the last call, on `device` or on every one, and forget it.
-
-    Waits for the current stream of each device that ran such a kernel, so call it where the host
+    """Raise for the current stream of each device that ran such a kernel, so call it where the host
     reads results; costs nothing where none ran.
 
     Raises:
-        IndexError: an op was given an id that is out of range; its row was NaN.
+        IndexError: an op was given an id that is out of range, and made the result of its row NaN.
     """
     for where, found in _flags.items():
         if device is None or (where.type == device.type and device.index in (None, where.index)):

@@ -1,5 +1,5 @@
-"""Others' FlashAttention: whether the package flash-attn, or the one inside torch, is there and
-takes the arguments used here."""
+"""FlashAttention of other packages: whether the package flash-attn, or the one inside torch, is
+installed and takes the arguments used here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Found(NamedTuple):
-    """A function of others. `knows`: the names of its parameters. `why_not`: why it is not
+    """Function of another package. `knows`: the names of its parameters. `why_not`: why it is not
     available, or None."""
 
     function: Any
@@ -20,7 +20,8 @@ class Found(NamedTuple):
 
 
 def probe(module: str, function: str, needed: set[str]) -> Found:
-    """Look for `function` in `module`, with parameters of all the needed names."""
+    """Look for `function` in `module`, and check that it has parameters of all the `needed`
+    names."""
     if torch.version.cuda is None and torch.version.hip is None:
         return Found(None, frozenset(), "this torch was built without CUDA")
     try:

@@ -1,9 +1,9 @@
-"""The compiled CPU kernels: which build was loaded, or why none was.
+"""The compiled CPU kernels: the build that was loaded, or the reason why none was.
 
-`setup.py` builds the same sources once per vector capability: all of them for a wheel, this
-machine's for an install in place. The choice follows torch's own
-(`torch.backends.cpu.get_cpu_capability()`, which honours ATEN_CPU_CAPABILITY), falling back to
-narrower builds.
+`setup.py` builds the same sources once per vector capability: for all capabilities in a wheel, for
+only that of this machine in an install in place. The build for torch's own capability is loaded
+(`torch.backends.cpu.get_cpu_capability()`, which honours ATEN_CPU_CAPABILITY), or else a narrower
+one.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""CUDA C++ at run time: a launch as data, compilation by NVRTC, a cache on disk, and the launch
-itself on torch's current stream.
+"""CUDA C++ at run time: launches described as data, compilation by NVRTC, a cache on disk, and the
+launch on torch's current stream.
 
     plan (kernels/*/_cuda.py) -> Launch: source, options, kernel, grid, block, arguments -> `run`
 
-A Launch says everything about itself, so that tests hand the very same ones to a CPU build of the
-same sources (csrc/simt/). The sources are the package data of `fusedrl.kernels.cuda_src` and
-`shared_src` (csrc/cuda and csrc/shared in a checkout). They include no CUDA header, so NVRTC itself
-is all that is needed: `cuda-bindings` and `nvidia-cuda-nvrtc`, which the CUDA wheels of torch bring
-along. A cubin is compiled once for a source, its options, an architecture and a compiler version,
-and kept in ~/.cache/fusedrl/cuda. The first launch of a kernel compiles and loads: warm up before
+A Launch is complete, so tests can run the same launches on a CPU build of the same sources
+(csrc/simt/). The sources are the package data of `fusedrl.kernels.cuda_src` and `shared_src`
+(csrc/cuda and csrc/shared in a checkout). They include no CUDA header, so only NVRTC itself is
+needed: `cuda-bindings` and `nvidia-cuda-nvrtc`, which the CUDA wheels of torch install. A cubin is
+compiled once for a source, its options, an architecture and a compiler version, and stored in
+~/.cache/fusedrl/cuda. The first launch of a kernel compiles and loads it, so warm up before
 capturing a CUDA graph.
 """
 
@@ -36,8 +36,8 @@ Scalar = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.Array[ctypes.
 # ---- a launch as data ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Arguments are those of the kernel, in order: tensors (their first
-    element), None (a null pointer), or ctypes scalars."""
+    """One kernel launch. `arguments` are those of the kernel, in order: tensors (passed as the
+    address of their first element), None (a null pointer), or ctypes scalars."""
 
     source: str  # a file of cuda_src
     kernel: str
@@ -47,8 +47,8 @@ class Launch:
     options: tuple[str, ...] = ()
 
     def packed(self) -> tuple[ctypes.Array, list]:
-        """Pack the arguments for cuLaunchKernel: an array of addresses, one an argument, and what
-        they point to, to be kept alive until it returns."""
+        """Pack the arguments for cuLaunchKernel. Return an array of addresses, one per argument,
+        and the objects at these addresses, which must stay alive until the launch returns."""
         values = [
             ctypes.c_void_p(None if a is None else a.data_ptr())
             if a is None or isinstance(a, Tensor)
@@ -59,14 +59,14 @@ class Launch:
 
 
 def aligned(tensors: Iterable[Tensor | None], bytes_: int = 16) -> bool:
-    """Whether all of them start on a multiple of `bytes_`, as vector loads need."""
+    """Whether the data of all tensors starts at a multiple of `bytes_`, as vector loads need."""
     return all(t is None or t.data_ptr() % bytes_ == 0 for t in tensors)
 
 
 # ---- sources -------------------------------------------------------------------------------------
 def source_folder(name: str = "cuda") -> Path:
-    """Find the folder of the .cu files ("shared": what they include beside their own): in the
-    installed package, or in the checkout of this file."""
+    """Find the folder of the .cu files ("shared": of the headers they share with the C++ kernels),
+    in the installed package or in the checkout of this file."""
     try:
         installed = [
             Path(path) for path in importlib.import_module(f"fusedrl.kernels.{name}_src").__path__
@@ -86,14 +86,14 @@ def headers() -> list[Path]:
 
 # ---- what is available ---------------------------------------------------------------------------
 def _bindings() -> tuple[ModuleType, ModuleType]:
-    """(cuda.bindings.nvrtc, cuda.bindings.driver)"""
+    """Return (cuda.bindings.nvrtc, cuda.bindings.driver)."""
     return importlib.import_module("cuda.bindings.nvrtc"), importlib.import_module(
         "cuda.bindings.driver"
     )
 
 
 def loading_fault() -> str | None:
-    """Why NVRTC does not load; None when it does. It needs no GPU."""
+    """Return why NVRTC does not load, or None if it does. This needs no GPU."""
     try:
         _check("nvrtcVersion", _bindings()[0].nvrtcVersion())
     except (ImportError, RuntimeError) as error:
@@ -102,7 +102,7 @@ def loading_fault() -> str | None:
 
 
 def why_not() -> str | None:
-    """Why CUDA C++ kernels cannot run here; None when they can."""
+    """Return why CUDA C++ kernels cannot run on this machine, or None if they can."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     fault = loading_fault()
@@ -120,8 +120,8 @@ def why_not() -> str | None:
 
 
 def _check(what: str, result: tuple) -> tuple:
-    """The results of a call to cuda.bindings without its status. Raises RuntimeError when that is
-    not success."""
+    """Return the results of a call to cuda.bindings without its status. Raise RuntimeError if the
+    status is not success."""
     status, *values = result
     if int(status) != 0:
         raise RuntimeError(f"{what}: expected success, got {getattr(status, 'name', status)}")
@@ -130,12 +130,12 @@ def _check(what: str, result: tuple) -> tuple:
 
 # ---- compilation ---------------------------------------------------------------------------------
 def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> bytes:
-    """Machine code of one file of `cuda_src`, such as ("gae.cu", ("-DALIGNED=1",), "sm_90"). Needs
-    no GPU.
+    """Compile one file of `cuda_src`, such as ("gae.cu", ("-DALIGNED=1",), "sm_90"), to machine
+    code. Needs no GPU.
 
     Raises:
-        RuntimeError: the compiler refuses; its log follows.
-        ImportError: no cuda-bindings.
+        RuntimeError: the compiler reports an error; the message includes its log.
+        ImportError: cuda-bindings is not installed.
     """
     nvrtc, _ = _bindings()
     folder = source_folder()
@@ -174,8 +174,8 @@ def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> b
 def cached_cubin(
     source: str, options: tuple[str, ...], architecture: str, cache: Path | None = None
 ) -> bytes:
-    """`compile_cubin`, kept in `cache` (~/.cache/fusedrl/cuda by default). A cache that cannot be
-    written costs a warning and a compilation per process."""
+    """Return the result of `compile_cubin`, from `cache` if it is there (~/.cache/fusedrl/cuda by
+    default). If the cache cannot be written, warn, and compile once per process."""
     folder = source_folder()
     parts = [
         str(_check("nvrtcVersion", _bindings()[0].nvrtcVersion())),
@@ -209,7 +209,7 @@ def cached_cubin(
 # ---- the launch ----------------------------------------------------------------------------------
 @functools.cache
 def _context(device: int) -> object:
-    """torch's context of a device: the primary one."""
+    """Return torch's CUDA context of a device, which is the primary context."""
     _, driver = _bindings()
     torch.cuda.init()
     (handle,) = _check("cuDeviceGet", driver.cuDeviceGet(device))
@@ -218,7 +218,7 @@ def _context(device: int) -> object:
 
 @functools.cache
 def _function(source: str, options: tuple[str, ...], kernel: str, device: int) -> object:
-    """A loaded kernel; the context must be current."""
+    """Load a kernel; the device's context must be current."""
     return _check(
         f"cuModuleGetFunction({kernel})",
         _bindings()[1].cuModuleGetFunction(_module(source, options, device), kernel.encode()),
@@ -235,8 +235,8 @@ def _module(source: str, options: tuple[str, ...], device: int) -> object:
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Enqueue launches, in order, on torch's current stream of `device`; nothing waits. Raises
-    RuntimeError when CUDA refuses."""
+    """Enqueue launches, in order, on torch's current stream of `device`, without waiting. Raise
+    RuntimeError if CUDA reports an error."""
     _, driver = _bindings()
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):

@@ -1,8 +1,7 @@
-"""Digest of the C++ sources: in the compiled kernels when they are built, and compared when they
-are loaded.
+"""Digest of the C++ sources. The build stores it in the compiled kernels, and loading compares it.
 
-Without it kernels of an older build, or of another install on the same path, would be loaded
-without a word. setup.py runs this file by itself: it imports nothing of the package.
+Without the digest, kernels of an older build, or of another install on the same path, would be
+loaded silently. setup.py runs this file by itself, so it imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ RECORD = "sources.sha256"  # in the folder of fusedrl.kernels in a wheel, which 
 
 
 def digest(csrc: Path) -> str:
-    """SHA-256 over the names and contents of the *.cpp and *.h files that the compiled kernels are
-    built from, in hexadecimal."""
+    """Return the SHA-256, in hexadecimal, of the names and contents of the *.cpp and *.h files that
+    the compiled kernels are built from."""
     found = hashlib.sha256()
     for path in sorted(
         path
@@ -30,9 +29,9 @@ def digest(csrc: Path) -> str:
 
 
 def expected(kernels: Path) -> str | None:
-    """Digest that the compiled kernels beside this package must carry: recorded in a wheel, of the
-    sources themselves in a checkout; None: there is neither. `kernels`: the folder of
-    fusedrl.kernels."""
+    """Return the digest that the compiled kernels of this package must carry. A wheel records it;
+    in a checkout it is computed from the sources. Return None if there is neither. `kernels`: the
+    folder of fusedrl.kernels."""
     if (kernels / RECORD).is_file():
         return (kernels / RECORD).read_text().strip()
     checkout = kernels.resolve().parent / "csrc"

@@ -1,5 +1,5 @@
-"""Triton and its language, or None where they cannot be imported: kernels are then not defined, and
-dispatch says why."""
+"""Triton and its language, or None if they cannot be imported. The Triton kernels are then not
+defined, and dispatch gives the reason."""
 
 from __future__ import annotations
 

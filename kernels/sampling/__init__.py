@@ -1,30 +1,32 @@
-"""sample: draw one token a row from logits, with its log-probabilities.
+"""sample: draw one token per row of logits, and return its log-probabilities.
 
     x = (z - max z) / T
     kept = top-k, then top-p of what is left, then min-p;   w = exp(x) over the kept set
     u = Philox(seed; request, sample, position) in [0, 1)
-    token = the first in vocabulary order whose running sum of w exceeds u sum w
+    token = the first in vocabulary order at which the running sum of w exceeds u sum w
     logp = x - ln sum exp x over all tokens
     logp_processed = ln w - ln sum w over the kept set
     entropy of softmax(x) over all tokens
 
 Shapes    B sequences, V vocabulary.
-Bytes     B V s read from memory; a row is then in cache for what follows: where nothing truncates,
-          the block that holds the token; else, on a GPU, the search for the last token kept (at
-          most 8 passes over bfloat16, 10 over float16, 16 over float32; for top-k and for top-p)
-          and one sum.
-Numerics  float32 terms (float64 for float64), sums in double. Below exp(-87) of the largest a
-          probability counts as 0: it is never drawn or kept. Implementations draw the same token
-          unless u sum w falls within rounding of a boundary between two.
-Ties      top-k and top-p rank by logit, then by lower id, so the kept set is one definite set.
-          top-p keeps the shortest prefix of that ranking that reaches its share; min-p keeps x >=
-          ln(min_p). Greedy takes the lowest id of the largest logit.
-Kept      all three cut the ranking's end off, and `suppress` picks single tokens: with the lowest
-          kept logit and the highest id kept at it, a second walk lists a row without its
-          exponentials. A row is listed if some token of probability (above exp(-87)) is not kept.
+Bytes     B V s read from memory. Later reads of a row come from the cache. Without truncation they
+          are those of the block that holds the token. With truncation, on a GPU, they are the
+          search for the last token in the kept set (for top-k and for top-p each at most 8 passes
+          over bfloat16, 10 over float16, 16 over float32) and one sum.
+Numerics  float32 terms (float64 for float64), sums in double. A token whose probability is below
+          exp(-87) of the largest counts as probability 0: it is never drawn or kept. All
+          implementations draw the same token, unless u sum w is within rounding error of the
+          boundary between two tokens.
+Ties      top-k and top-p rank tokens by logit, and equal logits by lower id, so the kept set is
+          unique. top-p keeps the shortest prefix of this ranking whose probabilities sum to at
+          least top_p; min-p keeps x >= ln(min_p). Greedy takes the lowest id of the largest logit.
+Kept      top-k, top-p and min-p all cut off the end of the ranking, and `suppress` removes single
+          tokens. So the lowest kept logit, and the highest id kept at this logit, describe the set.
+          With them a second pass lists a row's kept ids without computing exponentials. A row is
+          listed if some token of probability (above exp(-87)) is not kept.
 Source    Salmon et al. (2011), Parallel random numbers: as easy as 1, 2, 3 (Philox 4x32-10); Fan et
-          al. (2018), top-k; Holtzman et al. (2020), top-p; Nguyen et al. (2024), min-p. The order
-          is that of transformers' logits processors.
+          al. (2018), top-k; Holtzman et al. (2020), top-p; Nguyen et al. (2024), min-p. The
+          truncations have the same order as transformers' logits processors.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ _SMALLEST = -87.0  # exp of less is not a normal float32
 
 
 class Sampled(NamedTuple):
-    """Result of `sample`, one entry a row."""
+    """Result of `sample`, with one entry per row."""
 
     token_ids: Tensor  # [B] int64
     # [B] float32: of the temperature-scaled full distribution (at temperature 0: of T = 1)
@@ -66,8 +68,8 @@ class Sampled(NamedTuple):
 
 # ---- reference -----------------------------------------------------------------------------------
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox 4x32-10. counter [..., 4] and key [..., 2] int64 holding 32-bit words; returns [...,
-    4] words in int64."""
+    """Compute the random number generator Philox 4x32-10. counter [..., 4] and key [..., 2] are
+    int64 tensors that hold 32-bit words. Returns [..., 4] words in int64."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
@@ -85,8 +87,9 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def uniform(keys_B4: Tensor) -> Tensor:
-    """[B] float64 in [0, 1) with 53 random bits, a function of keys [B, 4] int64 (seed, request id,
-    sample index, position) alone. Only the low 32 bits of sample and position are used."""
+    """Return [B] float64 random numbers in [0, 1) with 53 random bits. They depend only on keys [B,
+    4] int64 (seed, request id, sample index, position), of whose last two only the low 32 bits are
+    used."""
     low = 0xFFFFFFFF
     seed, request, sample, position = keys_B4.unbind(-1)
     counter = torch.stack(
@@ -106,8 +109,8 @@ def sample_reference(
     suppress_BV: Tensor | None = None,
     kept_capacity: int | None = None,
 ) -> Sampled:
-    """The definition, without a loop over rows or a device-to-host sync. Parameters are [B] or [1];
-    a row with nothing to draw gets token -1."""
+    """Compute `sample` by its definition, without a loop over rows or a device-to-host sync.
+    Parameters are [B] or [1]. A row with no token to draw gets token -1."""
     z = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     B, V = z.shape
     T = temperature.to(z.dtype)[:, None]
@@ -165,8 +168,9 @@ def sample_reference(
 
 
 def _list_reference(kept_BV: Tensor, token_ids_B: Tensor, capacity: int) -> tuple[Kept, Tensor]:
-    """The CSR of the rows that fit into `capacity`, and the tokens, -1 where the row does not fit;
-    the first that does not stops the ones behind it."""
+    """Return the kept ids, as offsets and ids, of the rows that fit into `capacity`, and the
+    tokens. From the first row that does not fit on, no row is listed, and such a row's token
+    becomes -1."""
     V, count = kept_BV.shape[1], kept_BV.sum(-1)
     ends = count.cumsum(0)
     fits = ends <= capacity
@@ -205,8 +209,8 @@ def _parameter(
     meaning: str,
     look: bool,
 ) -> Tensor:
-    """A number or [B] tensor as a float64 tensor [1] or [B]; a tensor's values are looked at only
-    if `look`."""
+    """Convert a number or [B] tensor to a float64 tensor [1] or [B]. The values of a tensor are
+    checked only if `look`."""
     if isinstance(value, Tensor):
         if value.shape != logits.shape[:1] or value.device != logits.device:
             raise ValueError(
@@ -232,7 +236,7 @@ def _capacity(
     truncates: bool,
     suppress: Tensor | None,
 ) -> int:
-    """Ids that B rows can hold at the most, as far as the host knows without a look."""
+    """Return an upper bound of the ids that B rows can hold, without reading a device tensor."""
     if not truncates and suppress is None:
         return 0
     by_k = not isinstance(top_k, Tensor) and top_k > 0
@@ -271,39 +275,41 @@ def sample(
     kept_capacity: int | None = None,
     impl: str | None = None,
 ) -> Sampled:
-    """Draw one token a row. The draw depends on the row's logits, parameters and key alone: not on
-    its companions, nor on any state.
+    """Draw one token per row. The draw depends only on the row's logits, parameters and key: not on
+    other rows, nor on any state.
 
     Args:
         logits: [B, V] float32, bfloat16 or float16 (torch also float64); rows may be strided.
-        temperature: number or [B]; 0 takes the largest logit, with logp, entropy, kept and
-            kept_count of T = 1 and no truncation.
-        top_k: number or [B]; keep the k largest; 0: all.
-        top_p: number or [B] in (0, 1]; then the most probable ones that together reach this share.
-        min_p: number or [B] in [0, 1]; then those of at least this share of the most probable one.
-        keys: [B, 4] int64 (seed, request id, sample index, position); of the last two the low 32
-            bits count.
-        suppress: [B, V] bool, tokens that are never drawn (an EOS before min_new_tokens); they
-            still count in logp and entropy, and not as kept.
-        return_kept: also list the tokens that could be drawn, so that `logprob(..., kept=...)`
-            scores exactly the distribution that was sampled. A row is listed if some token of
-            probability could not be drawn, by truncation or `suppress`; the others are empty rows,
-            where logp_processed is logp.
-        kept_capacity: ids to make room for, since a GPU is not asked how many there are. By default
-            all that there can be: B top_k where top_k is a number, else 4 B V bytes, as much as
-            float32 logits; give a smaller number where the sets are known to be small. On a CPU the
-            list is trimmed to what it holds.
+        temperature: number or [B]. 0 takes the largest logit; logp, entropy, kept and kept_count
+            are then those of T = 1 without truncation.
+        top_k: number or [B]. Only the k largest logits can be drawn; 0 means all.
+        top_p: number or [B] in (0, 1]. Of the remaining tokens, only the most probable ones whose
+            probabilities sum to at least top_p can be drawn.
+        min_p: number or [B] in [0, 1]. Of the remaining tokens, only those of at least min_p times
+            the largest probability can be drawn.
+        keys: [B, 4] int64 (seed, request id, sample index, position). Of sample index and position
+            only the low 32 bits are used.
+        suppress: [B, V] bool, True at tokens that are never drawn (an EOS before min_new_tokens).
+            These tokens still count in logp and entropy, but not as kept.
+        return_kept: True also lists the tokens that could be drawn, so that `logprob(...,
+            kept=...)` scores exactly the distribution that was sampled. A row is listed if
+            truncation or `suppress` excluded some token of probability. The other rows are empty;
+            for them logp_processed equals logp.
+        kept_capacity: number of ids to reserve memory for, since counting them on a GPU would
+            synchronise. Default: the largest possible number, B top_k where top_k is a number, else
+            B V (4 B V bytes, as much as float32 logits). Give a smaller number if the sets are
+            known to be small. On a CPU the list is trimmed to its length.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         `Sampled`.
     Raises:
-        ValueError: sizes, devices or parameters; on CPU also a row with NaN or +inf, or with
-            nothing to draw, or kept tokens beyond kept_capacity. On CUDA, where looking would
-            synchronise, such a row's token is -1 and its row of kept is empty (of rows beyond the
-            capacity: from the first one on, all that are listed), and [B] parameters are not looked
-            at.
-        TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices or parameters do not fit. On a CPU also: a row holds NaN or +inf
+            or has no token to draw, or the kept tokens exceed kept_capacity. On CUDA these checks
+            would synchronise: there such a row gets token -1 and an empty row of kept ids. From the
+            first row beyond kept_capacity on, this applies to all rows that would be listed. [B]
+            parameters are not checked on CUDA.
+        TypeError: a dtype is not supported.
+        RuntimeError: `impl` cannot run on this machine.
     """
     op = "sample"
     B, V = check(

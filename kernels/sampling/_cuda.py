@@ -1,4 +1,4 @@
-"""sample in CUDA C++ (csrc/cuda/sampling.cu): what is launched, and the op that torch.compile sees.
+"""sample in CUDA C++ (csrc/cuda/sampling.cu): its launches, and its custom op for torch.compile.
 The mathematics is in __init__.py."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def plan_sample(
     suppress_BV: Tensor | None,
     kept_capacity: int | None,
 ) -> tuple[Outputs, list[Launch]]:
-    """The outputs of `sample`, to be written by the launches."""
+    """Allocate the outputs of `sample` and plan the launches that write them."""
     B, V = logits_BV.shape
     outputs = empty_outputs(logits_BV, kept_capacity)
     *per_row, kept_ids, offsets = outputs
@@ -81,7 +81,7 @@ def sample_cuda(
     suppress: Tensor | None,
     kept_capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op's CUDA C++ implementation."""
+    """Run sample in CUDA C++."""
     outputs, launches = plan_sample(
         logits, temperature, top_k, top_p, min_p, keys, suppress, kept_capacity
     )

@@ -1,5 +1,5 @@
-"""What the Triton and the CUDA C++ op of sample share: their results, and how parameters are
-read."""
+"""Code shared by the Triton and the CUDA C++ op of sample: allocation of the results, and the
+stride of the parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def empty_outputs(logits_BV: Tensor, kept_capacity: int | None) -> Outputs:
-    """Outputs that a launch fills."""
+    """Allocate outputs for a launch to fill."""
     B = logits_BV.shape[0]
     ids, logp = (
         logits_BV.new_empty(B, dtype=torch.int64),
@@ -31,5 +31,5 @@ def empty_outputs(logits_BV: Tensor, kept_capacity: int | None) -> Outputs:
 
 
 def step(parameter: Tensor | None) -> int:
-    """Distance from one row's value of a [B] or [1] parameter to the next one's."""
+    """Return the stride of a [B] or [1] parameter from one row to the next."""
     return int(parameter is not None and parameter.numel() > 1)

@@ -1,11 +1,11 @@
-"""sample in Triton: one program a row; a second launch lists the kept ids where they are asked for.
+"""sample in Triton: one program per row. If the kept ids are requested, a second launch lists them.
 
 The mathematics and numerics are those of __init__.py. A row is read once with an online maximum;
-the sums of up to 256 groups of consecutive tokens stay in registers, one a thread, so that the draw
-finds its group there and reads that group again. Truncation has no sort: the key of the last token
-kept is searched for by its bits, two a pass, from sums over what lies at or above three keys; a
-pass that leaves one token to decide on is the last. Whether a row needs that is decided on the
-device, row by row.
+the sums of up to 256 groups of consecutive tokens stay in registers, one per thread. So the draw
+finds its group in registers and reads only that group again. Truncation does not sort. It searches
+for the key of the last kept token by its bits, two bits per pass, from the sums over all tokens at
+or above three keys. The search ends when only one token is left to decide on. The device decides
+for each row whether it needs this search.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _SMALLEST = tl.constexpr(-87.0)
 # ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _tile(row_ptr, suppress_ptr, start, V, BLOCK: tl.constexpr):
-    """Ids, logits, and logits of what may be drawn; -inf behind the end."""
+    """Load ids, logits, and the logits with suppressed tokens at -inf; positions past the end are
+    -inf."""
     v = start + tl.arange(0, BLOCK)
     z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
     c = z
@@ -37,21 +38,21 @@ def _tile(row_ptr, suppress_ptr, start, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(c, top, inverse):
-    """Scaled logits and weights. NaN stays."""
+    """Return scaled logits and weights. NaN stays NaN."""
     x = (c - top) * inverse
     return x, tl.where(x < _SMALLEST, 0.0, tl.exp(x))
 
 
 @triton.jit
 def _keys(z, BITS: tl.constexpr):
-    """Integers in the order of the logits, 0 and -0 the same."""
+    """Map logits to integers of the same order; 0 and -0 give the same integer."""
     bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)
 
 
 @triton.jit
 def _logit(key, BITS: tl.constexpr):
-    """The logit of a key."""
+    """Return the logit of a key."""
     bits = (key << (32 - BITS)) | tl.where(key < 0, (1 << (32 - BITS)) - 1, 0)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -69,9 +70,10 @@ def _search(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest key t, not below `floor`, at or above which the candidates number (MASS: weigh)
-    at least `target`; what lies above t; and whether t may be a key between two tokens, at which
-    nothing is left to decide because all at or above it stay."""
+    """Return the largest key t, not below `floor`, such that the number (MASS: the weight) of the
+    candidates at or above t is at least `target`. Also return this number above t, and whether t
+    may be a key between two tokens. In that case all candidates at or above t stay, and no tie has
+    to be decided."""
     none: tl.constexpr = -(1 << (BITS - 1))
     t = tl.full((), none, tl.int32)
     unit = tl.full((), 1 << (BITS - 2), tl.int32)
@@ -126,7 +128,8 @@ def _search(
 def _mass(
     row_ptr, suppress_ptr, top, inverse, V, t, quota, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The weight of the candidates with a key above t, and of up to `quota` of those with key t."""
+    """Return the weight of the candidates with a key above t, plus that of up to `quota` candidates
+    with key t."""
     none: tl.constexpr = -(1 << (BITS - 1))
     m = tl.zeros([BLOCK], tl.float64)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -423,7 +426,7 @@ def sample_triton(
     suppress: Tensor | None,
     kept_capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op's Triton implementation."""
+    """Run sample in Triton."""
     B, V = logits.shape
     outputs = empty_outputs(logits, kept_capacity)
     *per_row, kept_ids, offsets = outputs
