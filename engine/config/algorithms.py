@@ -1,10 +1,10 @@
-"""Every policy algorithm as data: an advantage, an objective, where the KL goes, how tokens are
-weighted, and what is usual.
+"""Table of the policy algorithms: advantage, objective, place of the KL, weighting of tokens, and
+usual numbers of each.
 
-One loop (stages/policy.py) runs them all. A row's numbers are defaults: whatever a configuration
-names itself beats them. Advantages are functions in policy/advantages.py, objectives are in
-policy/objectives.py; both take more by registration or by dotted path. This file imports nothing
-heavy: the command line reads it.
+One loop (stages/policy.py) runs all algorithms. The numbers in the table are defaults: an option
+that a configuration sets replaces them. Advantages are functions in policy/advantages.py,
+objectives in policy/objectives.py; more can be registered, or named by dotted path. This file
+imports no large package, because the command line reads it.
 
 Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid.
           13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al. (2017), eqs. 7 and 8; KL in
@@ -111,26 +111,27 @@ BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of ALGORITHMS: what the algorithm is, and the numbers that are usual for it.
+    """One entry of ALGORITHMS: the parts of an algorithm, and its usual numbers.
 
     Attributes:
-        title: what messages call it.
-        advantage: one of ADVANTAGES.
-        objective: one of OBJECTIVES.
+        title: name of the algorithm in messages.
+        advantage: name of its advantage, one of ADVANTAGES.
+        objective: name of its objective, one of OBJECTIVES.
         aggregation: how the losses of tokens become one number (`LossConfig.aggregation`).
-        kl_placement: where the KL to the reference goes: into the reward or the loss.
-        kl_coef: the KL's factor; 0 is no KL, and no reference is loaded.
+        kl_placement: whether the KL to the reference is part of the reward or of the loss.
+        kl_coef: the KL's factor; with 0 there is no KL, and no reference is loaded.
         kl_estimator: how the KL of a token is estimated: k1, k2, k3, abs or full.
-        whiten: advantages to mean 0 and variance 1 over the batch of a step.
+        whiten: scale advantages to mean 0 and variance 1 over the batch of a step.
         samples_per_prompt: completions of each prompt.
         epochs: passes over a rollout.
         minibatches: optimizer steps of a pass.
         eps: epsilon of Adam.
-        refill_tries: how often, at most, groups of equal scores are replaced by other prompts'.
-        normalize_scores: scores less their mean, over their standard deviation, both of the run so
-            far.
-        score_clip: the largest size of a score; None is no bound.
-        advantage_clip: the largest size of an advantage; None is no bound.
+        refill_tries: how often, at most, groups whose scores are all equal are replaced by groups
+            of other prompts.
+        normalize_scores: subtract the mean of all scores of the run so far, then divide by their
+            standard deviation.
+        score_clip: largest absolute value of a score; None sets no bound.
+        advantage_clip: largest absolute value of an advantage; None sets no bound.
     """
 
     title: str
@@ -169,7 +170,7 @@ def _group(
     minibatches: int = 1,
     refill_tries: int = 0,
 ) -> Algorithm:
-    """A row of eight completions of each prompt, whose KL, if any, is in the loss."""
+    """Return an algorithm with eight completions per prompt, whose KL, if any, is in the loss."""
     return Algorithm(
         title,
         advantage,
@@ -310,10 +311,11 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def resolve(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    """`known[name]`, or the attribute that a dotted path names.
+    """Return `known[name]`, or the function that a dotted path names.
 
     Raises:
-        ConfigError: neither, or no function; names those known.
+        ConfigError: `name` is neither known nor importable, or is not a function. The message lists
+            the known names.
     """
     if name in known:
         return known[name]
