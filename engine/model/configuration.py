@@ -404,11 +404,11 @@ def _inv_freq(
     where: str,
 ) -> tuple[tuple[float, ...], float]:
     """Return the frequencies theta^(-2i / D) of the values that are rotated, with scaling, and the
-    factor of cos and sin. Of the scalings, linear divides by the factor; dynamic changes nothing up
-    to max_position_embeddings, and no sequence here is longer; llama3 divides the long waves and
-    blends into the short ones (Llama
-    3.1's rule); yarn does so by the turns that a wave makes within the trained length (Peng et al.,
-    2023, YaRN, eq. 17 to 22)."""
+    factor of cos and sin. Scalings: linear divides by the factor; dynamic changes nothing up to
+    max_position_embeddings, and no sequence here is longer. llama3 divides the frequencies of long
+    waves, keeps those of short ones, and blends between (Llama
+    3.1's rule); yarn does the same by the number of turns of a wave within the trained length (Peng
+    et al., 2023, YaRN, eq. 17 to 22)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", partial) or 1.0
     turned = int(head_dim * partial)

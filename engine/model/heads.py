@@ -47,9 +47,9 @@ class ValueHead(nn.Module):
 
         V = level + unit (w . h + b)
 
-    The trained parameters w and b predict returns divided by `unit`, so that a learning rate has
-    the same effect whatever the scale of the rewards. `level` and `unit` [1] (offset and scale of
-    the values) are not trained: they are 0 and 1 at first. `raise_by` changes `level`; `count_in`
+    The trained part, w . h + b, predicts (return - level) / unit, so that a learning rate has the
+    same effect whatever the scale of the rewards. `level` and `unit` [1] (offset and scale of the
+    values) are not trained: they are 0 and 1 at first. `raise_by` changes `level`; `count_in`
     changes `unit` and keeps every value (van Hasselt et al., 2016, Learning values across many
     orders of magnitude, "preserving outputs precisely").
     """
