@@ -41,7 +41,7 @@ from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fusedrl.kernels.objective import PolicyObjective
 
-_LIKELIHOOD = PolicyObjective(kind="reinforce")  # of advantages that are 1
+_LIKELIHOOD = PolicyObjective(kind="reinforce")  # used with all advantages 1
 
 
 class Scored(NamedTuple):
@@ -122,7 +122,7 @@ class HybridActor:
         self._cache = cache or CacheConfig()
         self.ranks = ALONE
         self._generator: Generator | None = None
-        self._making = threading.Lock()  # of a generator
+        self._making = threading.Lock()  # held while a generator is created
         self._lent = False
 
     @classmethod

@@ -41,7 +41,7 @@ class SetupError(RuntimeError):
     directory that another process holds."""
 
 
-SAID = "another rank has said so"  # a note on an error that an earlier rank has, too
+SAID = "another rank has said so"  # note on an error that an earlier rank has as well
 
 
 class Elsewhere(Exception):

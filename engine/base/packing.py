@@ -133,7 +133,7 @@ class PackedBatch:
                 have no condition).
         """
         ids: list[int] = []
-        sizes: list[int] = []  # of prompts and completions in turn
+        sizes: list[int] = []  # lengths of prompts and completions in turn
         for index, (prompt, completion) in enumerate(sequences):
             if not len(prompt) and len(completion):
                 raise ValueError(
@@ -246,7 +246,7 @@ class PackedBatch:
         versions[completed] = torch.tensor(
             [v for c in flat for v in c.weights_versions], dtype=torch.int64
         )
-        # of a completion all tokens, but for those that it was extended by
+        # all tokens of a completion, except those added by `extend`
         actions = completed.clone()
         if any(c.action_mask is not None for c in flat):
             chosen = [

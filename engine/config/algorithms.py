@@ -16,30 +16,30 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al.
           (2025), as verl has it; sequence_ratio: the objective by which courses introduce PPO for
           language models, without advantages: for study.
-Updates   optimizer steps on one rollout are epochs x minibatches; with one every ratio is exactly
-          1, and what bounds ratios never acts. Of each row:
+Updates   optimizer steps on one rollout are epochs x minibatches; with one step every ratio is
+          exactly 1, and bounds on ratios have no effect. Defaults and their sources:
             ppo, ppo_penalty       4 epochs: Ziegler et al. (2019), Huang et al. (2024)
             dapo                   16: mini-batches of 512 of 512 x 16 completions (section 4.1)
             cispo                  16 "rounds of off-policy updates per generation batch" (section
                                    3.1)
-            dr_grpo, gmpo          8: rollouts of 128 x 8 completions in batches of 128, as Dr.
-                                   GRPO's scripts have it, whose setting GMPO takes
+            dr_grpo, gmpo          8: rollouts of 128 x 8 completions in batches of 128, as in Dr.
+                                   GRPO's scripts, whose setting GMPO uses
             reinforce_pp           8, with and without the group's mean: OpenRLHF, rollouts of 1024
                                    in batches of 128
             gspo, sapo             4 mini-batches (section 5.1 of each)
             grpo                   1: "a single update following each exploration stage" (section
                                    4.2). DeepSeek-R1 (2025) has 16: minibatches 16
             sequence_ratio         4 epochs, as ppo
-            ppo_max                1: train_ppo_zh.sh of their code has as many rollouts as there
-                                   are in a batch
-            the others             1: their gradient is that of the policy which drew the samples
-          A row's minibatches are of its objective: trpo and reinforce in its place have one. They
-          are no more than there are prompts in a step.
-Epsilon   of Adam: 1e-5 where Huang et al. (2024) have it, in ppo and ppo_penalty, which follow
-          their numbers; elsewhere 1e-8. Beside gradients of large models, which are small in each
-          parameter, 1e-5 shortens steps (docs/metrics.md, optim/below_epsilon).
+            ppo_max                1: in train_ppo_zh.sh of their code a batch has as many
+                                   completions as a rollout
+            all others             1: their gradient is that of the policy which drew the samples
+          These numbers belong to the algorithm's own objective: with loss.objective trpo or
+          reinforce the default is one minibatch. It is never more than the prompts of a step.
+Epsilon   of Adam: 1e-5 in ppo and ppo_penalty, which follow the numbers of Huang et al. (2024);
+          elsewhere 1e-8. Gradients of large models are small in each parameter, so that 1e-5
+          shortens their steps (docs/metrics.md, optim/below_epsilon).
 ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I, with the numbers of
-          their code (MOSS-RLHF). What it adds to ppo are seven things, each an option of its own:
+          their code (MOSS-RLHF). It adds seven things to ppo, each with its own option:
             1. KL in the reward                      kl.coef 0.02 (their English script: 0.01)
             2. scores normalised, then clipped       normalize_scores, or scale_scores alone (less
                one constant); score_clip 10
@@ -69,8 +69,8 @@ from fusedrl.engine.base.blame import told
 from fusedrl.engine.base.errors import ConfigError, Stopped
 
 Needs = Literal["", "critic", "group", "greedy"]
-# Built-in advantages, and what each needs beside scores: a critic's values, several completions of
-# a prompt, or the score of the greedy completion.
+# Built-in advantages, and what each needs in addition to scores: a critic's values, several
+# completions of a prompt, or the score of the greedy completion.
 ADVANTAGES: dict[str, Needs] = {
     "gae": "critic",
     "learned_baseline": "critic",
@@ -87,8 +87,8 @@ ADVANTAGES: dict[str, Needs] = {
     "pass_at_k": "group",
     "remax": "greedy",
 }
-# Built-in objectives: a kind of kernels/objective.py, and the bounds it has here where a
-# configuration names none.
+# Built-in objectives: a kind in kernels/objective.py, and its default bounds, which apply if a
+# configuration sets none.
 OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "reinforce": ("reinforce", {}),
     "importance": ("ratio", {}),
@@ -105,7 +105,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     # a function in policy/objectives.py
     "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),
 }
-# what an objective may use of LossConfig
+# fields of LossConfig that an objective may use
 BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau_negative", "beta")
 
 

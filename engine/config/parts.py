@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fusedrl.engine.config.algorithms import Algorithm
 from fusedrl.engine.config.base import OptimConfig, check, either
 
-# the default of a field that the algorithm's row fills in where it is left out
+# default of a field that takes the algorithm's value if it is not set
 OF_ALGORITHM: Any = None
 
 

@@ -2,12 +2,12 @@
 
 Shapes    N tokens, K inputs and O outputs of a projection, r rank, P adapted slices of a projection
           (q, k and v of qkv_proj), R = P r.
-Held      fused as the projections are: a [P r, K] and b [rows of the slices, r], so that one
-          product gives A x of all slices. Each slice has an A of its own, as PEFT's adapters of
-          q_proj, k_proj and v_proj have.
-Numerics  adapters are in the model's dtype, so that sampler and trainer read the same bits without
-          a cast; low-precision ones have float32 masters in the optimizer, as all low-precision
-          parameters here. With B = 0 or the adapter off the outputs are those of W, bitwise.
+Held      fused like the projections: a [P r, K] and b [rows of the slices, r], so that one product
+          gives A x of all slices. Each slice has an A of its own, like PEFT's adapters of q_proj,
+          k_proj and v_proj.
+Numerics  adapters have the model's dtype, so that sampler and trainer read the same bits without a
+          cast. Like all low-precision parameters, low-precision adapters have float32 masters in
+          the optimizer. With B = 0 or the adapter off, the outputs are bitwise those of W.
           `merging` computes in float32 and rounds once.
 Source    Hu et al. (2021), LoRA; initialised as PEFT does: A kaiming-uniform, B zero. rslora:
           Kalajdzievski (2023), A rank stabilization scaling factor.

@@ -6,12 +6,12 @@ transformers' model with that configuration. If somebody adds something to a mod
 only the model or only the decoder would compute it. Such changes are:
 
     refused     another class; another number or function that a module holds (a norm's epsilon,
-                attention's scale); another buffer (rotary frequencies); a configuration by which
-                the model would compute otherwise
-    followed    a configuration in which only the rest changed: token ids that end a completion,
-                what saving writes
-    one warning forward hooks, a forward from elsewhere, dropout, autocast: most only look on, or
-    are there on purpose
+                attention's scale); another buffer (rotary frequencies); a configuration that makes
+                the model compute differently
+    adopted     changes of the configuration that do not affect computations: token ids that end a
+                completion, what saving writes
+    one warning forward hooks, a forward from elsewhere, dropout, autocast: most only observe, or
+                are there on purpose
 
 Not seen      functions replaced within a library's module (`modeling_llama.apply_rotary_pos_emb =
               ...`), what a hook or a forward of transformers, accelerate or TRL itself was told to

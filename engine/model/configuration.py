@@ -406,9 +406,9 @@ def _inv_freq(
     """Return the frequencies theta^(-2i / D) of the values that are rotated, with scaling, and the
     factor of cos and sin. Scalings: linear divides by the factor; dynamic changes nothing up to
     max_position_embeddings, and no sequence here is longer. llama3 divides the frequencies of long
-    waves, keeps those of short ones, and blends between (Llama
-    3.1's rule); yarn does the same by the number of turns of a wave within the trained length (Peng
-    et al., 2023, YaRN, eq. 17 to 22)."""
+    waves, keeps those of short ones, and blends between (the rule of Llama 3.1). yarn does the same
+    by the number of turns of a wave within the trained length (Peng et al., 2023, YaRN, eq. 17 to
+    22)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", partial) or 1.0
     turned = int(head_dim * partial)

@@ -2,13 +2,13 @@
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width,
           V vocabulary.
-Rounding  as the sampler's `decode_step`: between bfloat16 weights activations are float32
-          (`Decoder.activation_dtype`), and nothing is rounded but what is returned, and on tensor
-          cores q, k, v and what attention gives (`Decoder.cache_dtype`; wide.py says how). Else
-          activations are of the parameters' dtype: norms as in transformers' Llama, in float32,
-          rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and
-          SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is torch's:
-          float32 inside, rounded once.
+Rounding  the same as in the sampler's `decode_step`. Between bfloat16 weights, activations are
+          float32 (`Decoder.activation_dtype`). Only the result is rounded, and on tensor cores also
+          q, k, v and the output of attention (`Decoder.cache_dtype`; see wide.py). With other
+          weights, activations have the parameters' dtype: norms as in transformers' Llama, in
+          float32, rounded before their weight (Gemma's multiply by 1 + weight before they round);
+          RoPE and SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is
+          torch's: float32 inside, rounded once.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     h = norm(x);   q, k, v = h W_qkv + b;   q, k = rope(norm(q)), rope(norm(k))
     x = x + attend(q, k, v) W_o + b;   x = x + activate(norm(x) W_gate_up + b) W_down + b
 
-`layer` runs it with the operations of an `Ops`, of which there are three: training over packed
-sequences, with gradients (decoder.py), and over the paged cache the composition for a GPU and the
-reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) stands beside them
+`layer` computes this with the operations of an `Ops`. There are three kinds of `Ops`: training over
+packed sequences, with gradients (decoder.py), and over the paged cache the composition for a GPU
+and the reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) is separate
 and is tested against them.
 
 Families differ in several ways. The outputs of attention and MLP may be normalised, in addition to
@@ -16,8 +16,9 @@ and by `Options`.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width,
           P pairs of a head that turn.
-Stream    x is held in two parts: what was last added, and what to add it to (None before the first
-          layer). The next norm adds them, in one pass where it is an RMSNorm.
+Stream    the residual stream x is stored in two parts: the output added last, and the stream to add
+          it to (None before the first layer). The next norm adds them, in one pass if it is an
+          RMSNorm.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form;
           Hu et al. (2021), LoRA.
 """

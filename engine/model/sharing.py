@@ -2,11 +2,11 @@
 nothing is copied again.
 
 `share` copies the model's weights once, a layer at a time, into fused storage, and points the
-model's own parameters at slices of it (the views of `weights.hf_views`). The model goes on working
-as before: its parameters are the same objects, for its optimizer too. Each has a torch storage of
-its own over its part of that memory, so that whoever saves the model (safetensors, accelerate,
-torch.save) sees tensors that share nothing and writes them all. Whether the parameters stay there
-is watched (watch.py).
+model's own parameters at slices of it (the views of `weights.hf_views`). The model keeps working as
+before: its parameters are the same objects, also for its optimizer. Each parameter has its own
+torch storage over its part of that memory. Programs that save the model (safetensors, accelerate,
+torch.save) therefore see tensors that share no storage, and write them all. watch.py checks that
+the parameters stay in that memory.
 """
 
 from __future__ import annotations

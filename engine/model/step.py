@@ -8,25 +8,26 @@ the head.
 One call may mix decoding (one token of a sequence) and chunks of prompts (many tokens of a
 sequence) in any way.
 
-Shapes    N tokens, R of them read out, B rows of the block table, M blocks a row, L layers, H
-          hidden, D head dim, Hq query and Hkv key/value heads, S positions a block. k_cache [L,
-          blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a block are
-          vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
-cpp       all of it one native op (kernels/decode_step.py).
-triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_attention, swiglu, and
-          matrix products between them: split_linear's of bfloat16 weights, torch's of others, or
-          `fixed_linear`'s, whose rows do not depend on one another. A family that turns q and k in
-          part, not at all, or norms all their heads together has rope or nothing, and torch's cache
-          write. Every token of a prompt walks the cached positions before it on its own; no row is
-          gathered.
+Shapes    N tokens, R of them read out, B rows (sequences) of the block table, M blocks per row, L
+          layers, H hidden, D head dim, Hq query and Hkv key/value heads, S positions per block.
+          k_cache [L, blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a
+          block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
+cpp       one native op computes everything (kernels/decode_step.py).
+triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_attention, swiglu, with
+          matrix products between them. The products are split_linear's for bfloat16 weights,
+          torch's for other dtypes, or `fixed_linear`'s, whose rows do not depend on one another. If
+          a family rotates q and k in part or not at all, or norms all heads together, rope (if any)
+          is a separate op and torch writes the cache. Every token of a prompt reads the cached
+          positions before it by itself; no row is gathered.
 torch     `layer` over plain torch, in any float dtype.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the
           weights' dtype; the RMSNorm rounds before it multiplies by its weight (with an offset,
-          after), as transformers' does. With a float32 cache beside bfloat16 weights nothing is
-          rounded but the result (cpp: without one, too, but for the cache). Triton keeps everything
-          between bfloat16 weights in float32, but for q, k, v and what attention gives, which are
-          of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A
-          slot that was not written, or a block of no row, is never read into a result.
+          after), as transformers' does. With a float32 cache and bfloat16 weights only the result
+          is rounded (in cpp also with another cache, except for the cache itself). Between bfloat16
+          weights, Triton keeps everything in float32 except q, k, v and the output of attention.
+          These have the cache's dtype: float16, which has 11 bits where bfloat16 has 8
+          (`cache_dtype`). A slot that was not written, or a block of no row, never affects a
+          result.
 Source    Kwon et al. (2023), PagedAttention; and layer.py's.
 """
 

@@ -12,8 +12,8 @@ pass:
                                                            activations, too
 
 Shapes    N tokens, H hidden, V vocabulary, R rows that have a label.
-Cost      a forward more in every training pass, in which each token reads the keys and values
-          before it on its own.
+Cost      one more forward in every training pass, in which each token reads the keys and values
+          before it by itself.
 """
 
 from __future__ import annotations

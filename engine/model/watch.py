@@ -2,27 +2,28 @@
 they have changed.
 
 A decoder's parameters are read in two ways: the training forward goes through its modules, the
-sampler through one flat tuple of tensors (`Decoder.weights`); and a transformers model may lie in
-the same storage (sharing.py). What keeps them one is checked wherever weights are read:
+sampler through one flat tuple of tensors (`Decoder.weights`). A transformers model may also share
+the storage (sharing.py). Whenever weights are read, three checks make sure that all of these still
+see the same weights:
 
-    structure      every module and parameter is the object that it was, under its name, where it
-                   was in memory
-    counts         autograd's count of in-place writes of each parameter, and the steps of
-                   `torch.optim` optimizers on any of them, whose fused forms do not count
-    fingerprint    the memory itself: for writes that nobody counts (through `.data`, numpy, DLPack,
-                   a replayed graph)
+    structure      every module and parameter is the same object as before, under the same name and
+                   at the same address in memory
+    counts         autograd's count of in-place writes to each parameter, and the number of steps of
+                   `torch.optim` optimizers on parameters, since fused optimizers skip that count
+    fingerprint    the memory itself, for uncounted writes (through `.data`, numpy, DLPack, a
+                   replayed graph)
 
 Cost      structure and counts: under a microsecond a parameter. The fingerprint is the first row of
           every parameter, bit for bit, and the sum of every row's bits as 64-bit integers. It reads
           the weights once, in about half the time of a decoding step of one sequence, at the start
-          of every call that generates. While a stream is under way the first rows alone are looked
-          at, each time that its consumer had the word.
+          of every call that generates. During a stream only the first rows are checked, each time
+          the stream resumes after its consumer ran.
 Found     at the start of a call: every write that changes one element or one row, or the order of
           rows or of columns.
 Missed    words of 8 bytes that change places within a single row that is not the first; changes of
           several words of a row that cancel as integers. Within a stream, until the next call:
-          uncounted writes that leave all first rows alone. What modules compute with beside their
-          parameters is watched by beside.py.
+          uncounted writes that change no first row. beside.py watches what modules compute with in
+          addition to their parameters.
 """
 
 from __future__ import annotations

@@ -4,18 +4,19 @@ weights, as in `decode_step`.
     y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
 
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
-On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are:
-          of a weight no more than a tile of rows is wide at a time, in the forward pass and in the
-          backward. Where the processor multiplies bfloat16 (`narrow_products`) the two products of
-          the backward pass are of dy and x rounded to it, with sums in float32: twice as fast, and
-          nothing of it is in a log-probability.
-On a GPU  (`on_tensor_cores`) products are those of kernels/split_linear.py; q, k and v are rounded
-          to float16 where the sampler's cache rounds them, and what attention gives is float16 as
-          well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients
-          are of what is held: dy is rounded to bfloat16, as where all is bfloat16; attention is
-          computed again in bfloat16, whose exponents hold any gradient, and differentiated.
-Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete.
-          Where activations and parameters are of one dtype, torch's own operations.
+On a CPU  everything is computed in the activations' dtype. Saved for the backward pass: the inputs,
+          and the parameters as they are. At most one tile of a weight's rows is widened at a time,
+          in the forward pass and in the backward. If the processor multiplies bfloat16
+          (`narrow_products`), the two products of the backward pass use dy and x rounded to it,
+          with sums in float32. This is twice as fast, and affects no log-probability.
+On a GPU  (`on_tensor_cores`) products are those of kernels/split_linear.py. q, k and v are rounded
+          to float16 where the sampler's cache rounds them, and the output of attention is float16
+          as well. Saved for the backward pass: the input of each product, gate or attention,
+          rounded to two bytes. Gradients are computed from the saved tensors: dy is rounded to
+          bfloat16, as if all were bfloat16. Attention is computed again in bfloat16, whose
+          exponents hold any gradient, and differentiated.
+Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete. If
+          activations and parameters have the same dtype, torch's own operations are used.
 """
 
 from __future__ import annotations
