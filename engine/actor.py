@@ -361,8 +361,8 @@ class HybridActor:
             )
 
     def _end_loan(self, generator: Generator, arena: Arena) -> int:
-        """Return the cache to the sampler, and the number of its bytes that are still in use. If
-        any are, the sampler allocates a new cache next time."""
+        """Give the cache back to the sampler. Return the number of its bytes that are still in use;
+        if there are any, the sampler allocates a new cache next time."""
         self._lent = False
         if held := arena.used:
             self._generator = None

@@ -70,12 +70,12 @@ class PackedBatch:
     action_mask [N] bool, True where the policy chose the token (the EOS that ended it included).
     The other columns are optional: float32 [N] log-probabilities, entropies, values, advantages,
     returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and
-    scores of the same prompt's greedy completion, int64 [B] group_ids, equal where the prompt is.
-    `rollout_logp` and `rollout_values` come from the sampler, for comparison. Training uses the
-    numbers of the training forward, whose bits the next forward reproduces. `kept` has one row per
-    slot: the ids that the slot's token was drawn from (those that top-k, top-p or min-p left; an
-    empty row: the whole vocabulary). The token is scored over these ids alone. `lengths` are the
-    sequences' lengths on the host.
+    scores of the same prompt's greedy completion, int64 [B] group_ids, equal for sequences of the
+    same prompt. `rollout_logp` and `rollout_values` come from the sampler, for comparison. Training
+    uses the numbers of the training forward, whose bits the next forward reproduces. `kept` has one
+    row per slot: the ids that the slot's token was drawn from (those that top-k, top-p or min-p
+    left; an empty row: the whole vocabulary). The token is scored over these ids alone. `lengths`
+    are the sequences' lengths on the host.
     """
 
     token_ids: Tensor

@@ -49,13 +49,14 @@ ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I,
             6. an entropy target                     loss.entropy_coef, loss.entropy_target: off
                here, and of weight 0 there
             7. a pretraining loss                    off here: it needs data
-          and one pass over each rollout, with a critic that starts from the reward model
-          (critic.model), and Adam's usual epsilon. The English run that they published has less:
+          It also makes one pass over each rollout, and has a critic that starts from the reward
+          model (critic.model), and Adam's usual epsilon. Their published English run has less:
           scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6.
-          The ratio, and with it 4 and 5, needs more than one optimizer step a rollout (minibatches,
-          epochs). What moves the optimum, ref exp(r / beta): 2, since dividing scores by s is a KL
-          coefficient of s beta (taking a mean off moves nothing), and a clip of scores that binds;
-          6; 7. Of an exact critic every advantage is 0 there, so 3, 4 and 5 leave it where it is.
+          4 and 5 have an effect only with more than one optimizer step per rollout (minibatches,
+          epochs). The optimum, ref exp(r / beta), is changed by 2, 6 and 7 only. Of 2, dividing
+          scores by s acts as a KL coefficient of s beta, and a clip changes the scores that it
+          reaches; subtracting a mean changes nothing. 3, 4 and 5 do not move the policy away from
+          the optimum: with an exact critic, every advantage there is 0.
 """
 
 from __future__ import annotations

@@ -193,13 +193,13 @@ class CriticConfig:
     """Critic: a value head on the policy's trunk, or a separate model, a decoder with a linear
     head.
 
-    A separate model takes the memory of a second model.
+    A separate critic takes as much memory as a second model of its size.
 
-    A separate model may be of any size and family that has the policy's vocabulary. It has its own
-    optimizer, so that its gradients and their norm do not affect the policy. InstructGPT and MOSS
-    initialise it from the reward model. Either kind of critic starts with its bias at the mean
-    return of the first rollout; if it already has a trained head, its values are shifted to that
-    mean. A constant added to the reward therefore changes only this bias.
+    It may be of any size and family that has the policy's vocabulary. It has its own optimizer, so
+    that its gradients and their norm do not affect the policy. InstructGPT and MOSS initialise it
+    from the reward model. Either kind of critic starts with its bias at the mean return of the
+    first rollout; if it already has a trained head, its values are shifted to that mean. A constant
+    added to the reward therefore changes only this bias.
 
     Args:
         model: trunk, or what a separate critic starts from: policy, a language model, a reward

@@ -266,8 +266,8 @@ def add_adapter_(
     scale: float,
     linear: Linear | None = None,
 ) -> None:
-    """Add scale B u, in place, to each slice (first row, number of rows) of y's columns. u = A x
-    [N, P r] and b [all rows, r] hold the parts of all slices."""
+    """Add scale B u, in place, to each slice of y's columns. A slice is (first row of the weight,
+    number of rows). u = A x [N, P r] and b [all rows, r] hold the parts of all slices."""
     r, done = b.shape[1], 0
     for index, (start, rows) in enumerate(slices):
         u, part, y = (

@@ -114,8 +114,8 @@ class DecoderWeights(NamedTuple):
 
 # ---- dtypes --------------------------------------------------------------------------------------
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute in between the weights of a decoder of this dtype: float32
-    between bfloat16 weights; else their own dtype."""
+    """Return the dtype of activations for weights of this dtype: float32 for bfloat16 weights; else
+    the weights' own dtype."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
