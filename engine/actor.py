@@ -1,7 +1,7 @@
-"""HybridActor: one copy of the weights, and everything that reads it: generation, scoring, the
-training forward, the value head.
+"""HybridActor: one copy of the weights for generation, scoring, the training forward and the value
+head.
 
-One file: generating and scoring read the same weights by the same rules.
+One file: generating and scoring follow the same rules for reading the weights.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fusedrl.kernels.objective import PolicyObjective
 
-_LIKELIHOOD = PolicyObjective(kind="reinforce")  # of advantages that are 1
+_LIKELIHOOD = PolicyObjective(kind="reinforce")  # used with all advantages 1
 
 
 class Scored(NamedTuple):
-    """Result of scoring a batch by the training forward, per token slot; 0 where no action is
-    (values: at the first slot of a sequence)."""
+    """Results of scoring a batch with the training forward, one number per token slot. Slots
+    without an action hold 0 (`values`: the first slot of each sequence holds 0)."""
 
     logp: Tensor  # [N] float32
     entropy: Tensor  # [N] float32
@@ -57,35 +57,36 @@ class Scored(NamedTuple):
 class HybridActor:
     """A decoder that trains and generates from one copy of its weights.
 
-    Whatever changes them changes them for both: an optimizer's step, in-place operations,
-    `load_state_dict`, a cast, a parameter or a layer replaced. It is noticed by itself wherever
-    weights are read, by a stream under way too, and `weights_version` goes up. What cannot be
-    followed (a sharded, pruned or parametrised decoder, one without memory) raises a RuntimeError
-    that says what to do. `model.watch` says what is found of writes that nobody counts.
+    Any change of the weights reaches both: an optimizer step, an in-place operation,
+    `load_state_dict`, a cast, a replaced parameter or layer. The actor notices a change whenever it
+    reads the weights, also in the middle of a stream, and increases `weights_version`. Changes that
+    it cannot track (a sharded, pruned or parametrised decoder, one without memory) raise a
+    RuntimeError that tells you what to do. `model.watch` lists which writes are found when nothing
+    counts them.
 
-    Threads may generate at once, and compute training forwards while others generate. A
-    `torch.optim` optimizer's step waits for the sampler's, and the sampler's for it; let no other
-    write to the weights run beside them.
+    Several threads may generate at once, and compute training forwards while others generate. A
+    step of a `torch.optim` optimizer and a decoding step of the sampler wait for each other. Let
+    nothing else write to the weights while another thread reads them.
 
-    The KV cache is allocated by the first `generate`, and given back by `release_cache`. Setting
-    `decoder.checkpoint_activations` trades time for the memory of the training forward.
+    The first `generate` allocates the KV cache; `release_cache` frees it. Setting
+    `decoder.checkpoint_activations` makes the training forward slower and saves memory.
 
     Attributes:
-        ranks: that hold the same weights and call `generate` and `score` with the same arguments:
-            the work is divided among them, and each has the whole result. By default this process
-            alone.
+        ranks: processes that hold the same weights and call `generate` and `score` with the same
+            arguments. They share the work, and each gets the whole result. By default only this
+            process.
 
     Args:
-        decoder: the weights.
-        tokenizer: a transformers tokenizer, or None where prompts are token ids.
-        value_head: on the same trunk, or None.
-        cache: size of the KV cache and of the steps over it.
-        strict: what the training forward says of a token is bitwise what the sampler said, whatever
-            the batch, at the cost of one more forward in training; in float32 and bfloat16, with
-            the C++ kernels on a CPU and Triton on a GPU.
+        decoder: the model, which holds the weights.
+        tokenizer: a transformers tokenizer, or None if prompts are token ids.
+        value_head: a value head that reads this decoder's hidden states, or None.
+        cache: sizes of the KV cache and of the decoding steps that use it.
+        strict: make the training forward's log-probabilities bitwise equal to the sampler's,
+            whatever else is in the batch. It costs one more forward in training, and works in
+            float32 and bfloat16, with the C++ kernels on a CPU and Triton on a GPU.
     Raises:
-        ValueError: the tokenizer has ids that the model does not know, or `strict` where it cannot
-            be kept.
+        ValueError: the tokenizer has ids that the model does not have, or `strict` is not possible
+            for this model on this device.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class HybridActor:
         self._cache = cache or CacheConfig()
         self.ranks = ALONE
         self._generator: Generator | None = None
-        self._making = threading.Lock()  # of a generator
+        self._making = threading.Lock()  # held while a generator is created
         self._lent = False
 
     @classmethod
@@ -134,14 +135,15 @@ class HybridActor:
         cache: CacheConfig | None = None,
         strict: bool = False,
     ) -> HybridActor:
-        """Load a directory or Hugging Face id: decoder, tokenizer, and with `value_head` the value
-        head saved there, or one that says 0.
+        """Load the decoder and tokenizer from a directory or Hugging Face id. If `value_head` is
+        set, also load the value head saved there, or create one that outputs 0 if none was saved.
 
         Args:
             dtype: "auto" is float32 on CPU and bfloat16 on CUDA.
-            device: None is the best there is (CUDA, else the CPU).
+            device: None chooses CUDA if there is a GPU, else the CPU.
         Raises:
-            As `load_decoder`; ValueError where tokenizer and model vocabulary differ.
+            As `load_decoder`; ValueError if the tokenizer has more tokens than the model's
+                vocabulary.
         """
         directory = resolve_directory(path)
         decoder = load_decoder(directory, dtype=dtype, device=device)
@@ -165,21 +167,21 @@ class HybridActor:
         cache: CacheConfig | None = None,
         strict: bool = False,
     ) -> HybridActor:
-        """An actor on the storage of a transformers model that someone else trains.
+        """Create an actor that shares its weights with a transformers model that other code trains.
 
-        The weights are copied once, into fused storage, and the model's own parameters then lie in
-        it: its optimizer's steps are the actor's, with nothing to synchronise, and are noticed as
-        an actor's own.
+        The weights are copied once, into fused storage. Afterwards the model's own parameters are
+        views of that storage, so that a step of the model's optimizer changes the actor as well.
+        Nothing has to be synchronised, and the actor notices such steps like its own.
 
         Args:
-            module: of a family in `families.FAMILIES`, parameters of one dtype on one device. It is
-                not wrapped and keeps working.
-            tokenizer: a transformers tokenizer, or None where prompts are token ids.
-            value_head: a fresh one, which says 0.
+            module: a model of a family in `families.FAMILIES`, with all parameters of one dtype and
+                on one device. It is not wrapped and keeps working.
+            tokenizer: a transformers tokenizer, or None if prompts are token ids.
+            value_head: add a new value head, which outputs 0 at first.
         Raises:
-            TypeError, ValueError: a model that does not fit (`sharing.share`). Later, wherever the
-                weights are read, RuntimeError: the model was cast, moved or otherwise re-allocated,
-                and no longer shares them.
+            TypeError, ValueError: the model cannot be shared (see `sharing.share`). RuntimeError,
+                later, when the weights are read: the model was cast, moved or otherwise
+                re-allocated, and no longer shares its weights with the actor.
         """
         decoder = share(module)
         head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
@@ -189,19 +191,19 @@ class HybridActor:
 
     @property
     def decoder(self) -> Decoder:
-        """The weights. Their values may change in any way; another decoder needs an actor of its
-        own."""
+        """Decoder of this actor. Its values may change in any way; a different decoder needs a new
+        actor."""
         return self._decoder
 
     @property
     def weights_version(self) -> int:
-        """Number of changes of the weights, as far as they were noticed or told."""
+        """Number of changes of the weights that were noticed, or reported by `mark_updated`."""
         return self._watch.version
 
     @weights_version.setter
     def weights_version(self, version: int) -> None:
-        """Set the version that the weights count as from now on: those of a checkpoint go on from
-        its number."""
+        """Set the version of the present weights, for example to the number stored in a checkpoint.
+        Later changes count on from there."""
         self._watch.look()
         self._watch.version = version
 
@@ -220,22 +222,24 @@ class HybridActor:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Complete prompts.
+        """Generate completions of prompts.
 
         Args:
             prompts: strings (tokenised with the tokenizer's special tokens), token-id lists,
-                message lists (through the chat template), or completions to continue: aborted ones,
-                or such as `extend` returns. Under the same request id and the same weights one goes
-                on as if it had never stopped; max_new_tokens counts what this call adds.
-            params: one for all prompts, or one per prompt; None: the defaults of `SamplingParams`.
-            request_ids: one integer per prompt, by default its index. A draw depends on (seed,
-                request id, sample index, position) and the logits alone.
+                message lists (rendered by the chat template), or completions to continue: aborted
+                ones, or those that `extend` returns. A completion under the same request id and the
+                same weights continues as if it had never stopped. max_new_tokens limits the tokens
+                that this call adds.
+            params: one SamplingParams for all prompts, or one per prompt; None uses its defaults.
+            request_ids: one integer per prompt, by default the prompt's index. Each random draw
+                depends only on (seed, request id, sample index, position) and the logits.
         Returns:
-            Per prompt the list of its n completions.
+            One list per prompt, with the prompt's n completions.
         Raises:
-            TypeError, ValueError: before anything is generated: a prompt without tokens, ids
-                outside the vocabulary, more tokens than the model has positions or than the cache
-                can ever hold (with the two numbers), numbers of prompts and params that differ.
+            TypeError, ValueError: raised before anything is generated. A prompt has no tokens, or
+                ids outside the vocabulary, or more tokens than the model has positions or the cache
+                can hold (the message gives both numbers); or the numbers of prompts and params
+                differ.
         """
         if self.ranks.size > 1:
             return divided(self.ranks, self._generate, prompts, params, request_ids)
@@ -262,14 +266,14 @@ class HybridActor:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_ids: Sequence[int] | None = None,
     ) -> Iterator[Finished]:
-        """`generate`, one completion at a time as it finishes: Finished(prompt, sample,
-        completion), the first two counting from 0.
+        """Generate as `generate` does, and yield each completion as soon as it finishes. Items are
+        Finished(prompt, sample, completion); the first two are indices from 0.
 
-        Closing the iterator takes what is unfinished out; `abort` has it delivered as it is.
-        Weights may change meanwhile:
-        what starts afterwards is computed with the new ones alone; what is under way goes on with
-        them over its older keys and values, each token with its version. The adapter is on or off
-        for the whole call, as it was when it was made.
+        Closing the iterator discards unfinished completions; `abort` delivers them as they are. The
+        weights may change during the call. Completions that start after a change use the new
+        weights alone. Completions in progress continue with the new weights, but keep the keys and
+        values computed by the older ones; each token records the version that drew it. If there is
+        an adapter, it stays on or off for the whole call, as it was when `stream` was called.
         """
         return self._run(prompts, params, request_ids, to_caller=True)
 
@@ -286,22 +290,22 @@ class HybridActor:
 
     def extend(self, completion: Completion, token_ids: Sequence[int]) -> Completion:
         """Append observation tokens (a tool's answer, the user's next turn) to a completion; they
-        are not actions. `generate` continues it as a prompt, and finds the keys and values of all
-        its full blocks in the cache, as long as the weights have not changed and nothing else
-        needed the memory."""
+        are not actions. `generate` accepts the result as a prompt. It reuses the cached keys and
+        values of all full blocks, unless the weights have changed or the memory was needed for
+        something else."""
         return completion.extend(token_ids, self.weights_version)
 
     def abort(self) -> None:
-        """End every completion in flight with the tokens it has and finish_reason "aborted"; the
-        streams deliver them."""
+        """End every completion in progress. Each keeps the tokens it has, gets finish_reason
+        "aborted", and is delivered by its stream."""
         if self._generator is not None:
             self._generator.abort()
 
     def limit_cache(self, sequences: int, tokens: int) -> None:
-        """Make the KV cache no larger than so many sequences of so many tokens each need, where
-        that is all that will be generated. More sequences wait for one another; a longer one is
-        refused. It holds for the next cache that is allocated: call it before the first
-        `generate`."""
+        """Limit the KV cache to what `sequences` sequences of `tokens` tokens each need, if nothing
+        larger will be generated. With more sequences, some wait for others to finish; a longer
+        sequence is refused. The limit applies when a cache is next allocated: call this before the
+        first `generate`."""
         c, weights = self._cache, self.decoder.weights()
         needed = min(sequences, c.max_sequences) * -(-tokens // c.block_size)
         granted = resolve_num_blocks(
@@ -312,24 +316,24 @@ class HybridActor:
         )
 
     def release_cache(self) -> None:
-        """Give the KV cache's memory back; the next `generate` allocates it again. Completions in
-        flight are aborted."""
+        """Free the KV cache's memory; the next `generate` allocates it again. Completions in
+        progress are aborted."""
         self.abort()
         self._generator = None
 
     @contextlib.contextmanager
     def lend_cache(self, *others: nn.Module) -> Iterator[Arena | None]:
-        """Lend the KV cache's memory, within the block, to what training forwards keep for their
-        backward passes, the actor's and those of `others` that are trained there; both belong
-        inside. Yields the arena.
+        """Lend the KV cache's memory, within the block, to the training forward of the actor and of
+        `others`, which store there what their backward passes need. Run both the forward and the
+        backward pass inside the block. Yield the arena that manages the memory.
 
-        The cache stays allocated where it is, its contents are forgotten, and nothing is generated
-        meanwhile. Gradients are the same bits. What does not fit stays where it would have been.
-        Without a cache there is nothing to lend: None.
+        The cache stays allocated, but its contents are lost, and nothing can be generated inside
+        the block. Gradients are the same bits. Tensors that do not fit are stored where they would
+        have been without the loan. If there is no cache, yield None.
 
         Raises:
-            RuntimeError: completions are in flight; `generate` inside; or a graph made inside
-                outlives the block, which then keeps the memory.
+            RuntimeError: completions are in progress, `generate` is called inside the block, or an
+                autograd graph made inside outlives the block (it then keeps the memory).
         """
         if (generator := self._generator) is None or self._lent:
             yield None
@@ -357,8 +361,8 @@ class HybridActor:
             )
 
     def _end_loan(self, generator: Generator, arena: Arena) -> int:
-        """The cache is the sampler's again, unless so many bytes are still in use: then the next
-        one allocates its own."""
+        """Give the cache back to the sampler. Return the number of its bytes that are still in use;
+        if there are any, the sampler allocates a new cache next time."""
         self._lent = False
         if held := arena.used:
             self._generator = None
@@ -398,8 +402,8 @@ class HybridActor:
 
     # ---- the training forward --------------------------------------------------------------------
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[N, H] hidden states of the training forward, with gradient; `logprobs` and `values` read
-        them."""
+        """Return the hidden states [N, H] of the training forward, with gradient. Pass them to
+        `logprobs` and `values`."""
         self._watch.look()
         arguments = (batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
         return (
@@ -411,12 +415,13 @@ class HybridActor:
     def logprobs(
         self, batch: PackedBatch, hidden_NH: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(logp, entropy), both [N] float32, of the batch's actions given the tokens before them; 0
-        elsewhere. Differentiable. Where the batch says what tokens were drawn from (`kept`), of the
-        distribution over that.
+        """Return (logp, entropy), both [N] float32, of the batch's actions given the tokens before
+        them; 0 at other slots. Differentiable. If the batch has a `kept` column (the tokens that
+        top-k, top-p or min-p left), the distribution is over these tokens alone.
 
-        Training and `score` both come through here, so the same cut of a batch gives the same bits.
-        At temperature 0: of T = 1, as `generate` reports it.
+        Training and `score` both use this method, so the same split into micro-batches gives the
+        same bits. At temperature 0 the results are those of temperature 1, as `generate` reports
+        them.
         """
         self._watch.look(lightly=True)
         head_VH, labels_N, T, softcap = (
@@ -459,18 +464,19 @@ class HybridActor:
         temperature: float = 1.0,
         **terms: Any,
     ) -> LinearPolicyLoss:
-        """The loss of the batch's actions given the tokens before them in one pass over the head,
-        whose gradient is formed while the logits are there.
+        """Compute the loss of the batch's actions given the tokens before them, in one pass over
+        the head. The gradient is computed in the same pass, while the logits exist.
 
         Args:
-            weights_N, advantages_N, old_logp, ref_logp, rollout_logp: [N] float32, each action's at
-                its own slot. `terms`: those of `linear_policy_loss`.
+            weights_N, advantages_N, old_logp, ref_logp, rollout_logp: [N] float32, with the number
+                of each action at the action's slot. `terms`: see `linear_policy_loss`.
         Returns:
-            (loss, stats, logp, entropy); the last two [N] float32, constants, of the actions with a
-            weight and 0 elsewhere: the bits of `logprobs` where every action has one.
+            (loss, stats, logp, entropy). The last two are [N] float32 without gradient: those of
+                the actions that have a weight, and 0 elsewhere. If every action has a weight, they
+                are the bits of `logprobs`.
         Raises:
-            ValueError: in strict mode, whose products are the sampler's, and of a batch with
-                `kept`; use `logprobs` and the losses on it.
+            ValueError: the actor is strict (its matrix products are the sampler's), or the batch
+                has `kept`. Use `logprobs` and a loss of its results instead.
         """
         if batch.kept is not None:
             raise ValueError(
@@ -517,8 +523,8 @@ class HybridActor:
         return found._replace(logp=logp_N, entropy=entropy_N)
 
     def cross_entropy(self, batch: PackedBatch, hidden_NH: Tensor, scale: float) -> Tensor:
-        """0-d: `scale` times the sum over the batch's actions of -log p, in nats.
-        Differentiable."""
+        """Return `scale` times the sum, as a 0-d tensor, over the batch's actions of -log p, in
+        nats. Differentiable."""
         if self.strict or batch.kept is not None:
             return -scale * self.logprobs(batch, hidden_NH)[0].sum()
         weights_N = (
@@ -529,8 +535,8 @@ class HybridActor:
         ).loss
 
     def values(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
-        """[N] float32: the value of the state before each token; 0 at the first slot of a sequence.
-        Differentiable.
+        """Return [N] float32, the value of the state before each token; 0 at the first slot of a
+        sequence. Differentiable.
 
         Raises:
             ValueError: the actor has no value head.
@@ -552,16 +558,17 @@ class HybridActor:
         tokens_per_microbatch: int | None = None,
         partition: Sequence[Sequence[int]] | None = None,
     ) -> Scored:
-        """The training forward's log-probabilities, entropies and values of a batch, without
+        """Return the training forward's log-probabilities, entropies and values of a batch, without
         gradient.
 
         Args:
             temperature: divides the logits, as in sampling.
-            tokens_per_microbatch: cut the batch by `batch.split`; None: one micro-batch.
-            partition: the sequence indices of each micro-batch instead. The same cuts in training
-                reproduce these bits.
+            tokens_per_microbatch: split the batch by `batch.split`; None makes one micro-batch.
+            partition: the sequence indices of each micro-batch, instead of tokens_per_microbatch.
+                The same partition in training reproduces these bits.
         Raises:
-            ValueError: both given, or a partition that is none of the batch's sequences.
+            ValueError: both are given, or `partition` does not contain each sequence of the batch
+                once.
         """
         if partition is not None and tokens_per_microbatch is not None:
             raise ValueError(
@@ -598,56 +605,58 @@ class HybridActor:
 
     # ---- the weights -----------------------------------------------------------------------------
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the decoder, then of the value head."""
+        """Yield the names and parameters of the decoder, then those of the value head."""
         yield from self.decoder.named_parameters(prefix="decoder")
         if self.value_head is not None:
             yield from self.value_head.named_parameters(prefix="value_head")
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The decoder's parameters, then the value head's; an optimizer trains those that require a
-        gradient."""
+        """Yield the decoder's parameters, then the value head's. Pass an optimizer those that
+        require a gradient."""
         return (parameter for _, parameter in self.named_parameters())
 
     def mark_updated(self) -> None:
-        """Tell that the weights changed: a new version, for which no cached prefix is valid.
+        """Report that the weights changed. The version increases, and cached prefixes become
+        invalid.
 
-        Changes are noticed without it, too. It is needed for writes that `model.watch` does not
-        find, and where every optimizer step shall have a version of its own.
+        Most changes are noticed without this call. Call it after writes that `model.watch` does not
+        find, or to give every optimizer step its own version.
         """
         self._watch.mark()
 
     # ---- an adapter ------------------------------------------------------------------------------
     def add_adapter(self, lora: LoRAConfig, *, seed: int = 0) -> None:
-        """Freeze the decoder and train LoRA adapters in its place, which change nothing at first.
-        Make the optimizer afterwards.
+        """Freeze the decoder and add LoRA adapters, which are trained instead and change no output
+        at first. Create the optimizer afterwards.
 
         Raises:
-            ConfigError: a target that the family does not have.
-            ValueError: there is an adapter already.
+            ConfigError: the model family does not have one of the targets.
+            ValueError: the decoder already has an adapter.
         """
         add_adapter(self.decoder, lora, seed=seed)
         self.mark_updated()
 
     def load_adapter(self, directory: str | Path) -> None:
-        """Put the LoRA adapter of a PEFT directory, ours or PEFT's own, on the decoder; it can be
-        trained on. Errors as `lora_files.load_adapter`."""
+        """Load a LoRA adapter from a directory that `save_adapter` or PEFT wrote. It can be trained
+        further. Raise the errors of `lora_files.load_adapter`."""
         load_adapter(self.decoder, directory)
         self.mark_updated()
 
     def save_adapter(self, directory: str | Path, *, base_model: str | None = None) -> None:
-        """Write the adapter as PEFT reads it; `base_model`: the directory or id to name in it.
-        Raises ValueError without an adapter."""
+        """Write the adapter in PEFT's format. `base_model`: directory or id of the base model, to
+        be named in the files. Raise ValueError if there is no adapter."""
         save_adapter(self.decoder, directory, base_model=base_model)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """A context in which the actor is its base model, bitwise, for scoring and for the calls of
-        `generate` and `stream` that are made in it; nothing without an adapter. It is of the thread
-        that enters it, as `no_grad` is."""
+        """Switch the adapter off within a `with` block: the actor is then bitwise its base model.
+        This applies to scoring and to calls of `generate` and `stream` made in the block. Without
+        an adapter, do nothing. Only the thread that enters the block is affected, as with
+        `no_grad`."""
         return self.decoder.disable_adapter()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory that transformers loads, with the tokenizer, and the value head beside
-        it; an adapter is merged into the weights."""
+        """Write a directory that transformers can load, with the tokenizer and the value head if
+        there are any. An adapter is merged into the weights."""
         self._watch.look("all")
         save_pretrained(self.decoder, directory, tokenizer=self.tokenizer)
         if self.value_head is not None:

@@ -1,1 +1,2 @@
-"""What every room stands on: errors, PackedBatch, Completion, orders, estimates, memory."""
+"""Basis of all other packages: errors, PackedBatch, Completion, random orders, estimates,
+memory."""

@@ -1,7 +1,8 @@
-"""Functions that users give: what they raise and what they return, told with their names.
+"""Calls of functions that users provide: errors and wrong results are reported with the function's
+name.
 
-Whatever is written about a user's object may run a user's code (__str__, __repr__), which may
-raise in its turn: `told` and `shown` write it all the same.
+Writing about a user's object may run the user's code (__str__, __repr__), which may raise an error
+as well. `told` and `shown` return a text even then.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def told(error: BaseException) -> str:
-    """The type of an exception, and its text where it can be had."""
+    """Return the type of an exception, and its text if it can be read."""
     return f"{type(error).__name__}: {_text(lambda: str(error), '<its text cannot be shown>')}"
 
 
 def shown(value: Any) -> str:
-    """The first 80 characters of a value's repr, and its type where it has none."""
+    """Return the first 80 characters of a value's repr, or its type if the repr fails."""
     return _text(lambda: repr(value)[:80], f"a {type(value).__name__} that cannot be shown")
 
 
@@ -36,9 +37,9 @@ def _text(make: Callable[[], str], otherwise: str) -> str:
 
 
 def blame(what: str, call: Callable[[], Any], kind: type[UserError] = RewardError) -> Any:
-    """The call's result. Raises an error of this kind, which names `what` and where it happened, in
-    place of whatever it raises, sys.exit among it; but an interrupt stays one, and so does the end
-    of a run that was asked for meanwhile."""
+    """Call a user's function and return its result. Whatever the function raises, even sys.exit,
+    raise an error of this kind instead, which names `what` and where it happened. Keyboard
+    interrupts, and the end of a run that was requested meanwhile, pass unchanged."""
     try:
         return call()
     except (kind, KeyboardInterrupt, Stopped):
@@ -49,7 +50,7 @@ def blame(what: str, call: Callable[[], Any], kind: type[UserError] = RewardErro
 
 
 def place_of(function: Any) -> str:
-    """Name a function and where it is written: "name (file:line)", or its name alone where that
+    """Name a function and where it is written: "name (file:line)", or its name alone if the place
     is not known."""
     name = getattr(function, "__qualname__", type(function).__name__)
     code = getattr(function, "__code__", None)
@@ -57,8 +58,8 @@ def place_of(function: Any) -> str:
 
 
 def per_token(what: str, returned: Any, noun: str, like_N: Tensor, hint: str = "") -> Tensor:
-    """Return what a function returned, where it is a number for each token: floating point, of the
-    shape and on the device of `like_N`. Raises ConfigError where it is not."""
+    """Return `returned` if it is a floating-point number for each token, of the shape and on the
+    device of `like_N`; else raise ConfigError."""
     import torch  # here, since configurations import this module and start without
 
     if not isinstance(returned, torch.Tensor):

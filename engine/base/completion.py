@@ -1,4 +1,4 @@
-"""A completion of a prompt, as generation hands it out and packing takes it in."""
+"""Completion of a prompt, which generation returns and PackedBatch packs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion of one prompt. Given to `generate` as a prompt, it is continued.
+    """One completion of one prompt. Pass it to `generate` as a prompt to continue it.
 
     Attributes:
-        token_ids: with the token that ended it.
-        logprobs: of the temperature-scaled full distribution (at temperature 0: of T = 1); where
-            `kept` was asked for, of the distribution over the kept ids.
-        weights_versions: of the weights that drew each token.
+        token_ids: ids of the completion, including the token that ended it.
+        logprobs: log-probability of each token under the temperature-scaled full distribution (at
+            temperature 0: T = 1). If `kept` was requested, under the distribution over the kept
+            ids.
+        weights_versions: version of the weights that drew each token.
         finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or
             "aborted".
-        sample: its index among the completions of its prompt.
-        action_mask: False for tokens that the policy did not choose (`extend`), with logprob 0;
-            None: it chose all.
-        values: of the state that drew each token, by an actor with a value head; 0 where the policy
-            did not choose. None: some tokens have none.
-        kept: where it was asked for, the ids that each token was drawn from, ascending; an empty
-            list stands for the whole vocabulary.
+        sample: index of this completion among those of its prompt.
+        action_mask: False for tokens that the policy did not choose (`extend`), whose logprob is 0.
+            None: the policy chose all tokens.
+        values: value of the state before each token, if the actor has a value head; 0 for tokens
+            that the policy did not choose. None: some tokens have no value.
+        kept: if requested, the ids that each token was drawn from (those that top-k, top-p or min-p
+            left), ascending. An empty list stands for the whole vocabulary.
     """
 
     prompt_ids: list[int]
@@ -38,8 +39,8 @@ class Completion:
     kept: list[Sequence[int]] | None = None
 
     def extend(self, token_ids: Sequence[int], weights_version: int = 0) -> Completion:
-        """The same with observation tokens behind it: a tool's answer, the user's next turn. They
-        are no actions."""
+        """Return this completion followed by observation tokens (a tool's answer, the user's next
+        turn), which are not actions."""
         added = [int(token) for token in token_ids]
         mask = self.action_mask if self.action_mask is not None else [True] * len(self.token_ids)
         return replace(

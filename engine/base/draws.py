@@ -1,5 +1,6 @@
-"""The process's own random generators, torch's, Python's and numpy's: what a reward or a hook may
-draw from. Nothing of the engine does; its draws are functions of a seed and a place."""
+"""Global random generators of the process, those of torch, Python and numpy, which a user's reward
+or hook may draw from. The engine itself does not use them: its draws are functions of a seed and a
+position."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from torch import Tensor
 
 
 def seed_generators(seed: int) -> None:
-    """Seed all three; numpy's takes the seed's low 32 bits."""
+    """Seed the generators of torch, Python and numpy; numpy's takes the seed's low 32 bits."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def generator_states() -> dict[str, Tensor]:
-    """Their states, as `set_generator_states` takes them back. torch's is that of the CPU."""
+    """Return the generators' states, for `set_generator_states`. torch's is that of the CPU."""
     _, python, python_next = random.getstate()
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     return {
@@ -34,7 +35,7 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def set_generator_states(states: Mapping[str, Tensor]) -> None:
-    """Set those that are there."""
+    """Restore the generators whose states are given."""
     if "torch_cpu" in states:
         torch.set_rng_state(states["torch_cpu"])
     if "python" in states:
@@ -49,7 +50,7 @@ def set_generator_states(states: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Whatever is drawn within the block changes nothing behind it."""
+    """Restore the generators after the block, so that draws within it have no effect afterwards."""
     before = generator_states()
     try:
         yield
@@ -58,5 +59,5 @@ def generators_kept() -> Iterator[None]:
 
 
 def _some(number: float | None) -> Tensor:
-    """The second of a pair of normal numbers, where it waits for the next draw."""
+    """Return the stored second number of a pair of normal draws, or nothing if none is stored."""
     return torch.tensor([] if number is None else [number], dtype=torch.float64)

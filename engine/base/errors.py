@@ -1,5 +1,5 @@
-"""What a user can put right. The command line prints these as one message; every other exception
-keeps its traceback."""
+"""Errors that a user can correct. The command line prints them as one message; every other
+exception keeps its traceback."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A configuration or an input that cannot be used; the message says what was expected, what
-    came and what to do."""
+    """A configuration or an input that cannot be used. The message says what was expected, what was
+    found and what to do."""
 
 
 class ConfigError(UserError):
@@ -23,17 +23,17 @@ class DataError(UserError):
 
 
 class RewardError(UserError):
-    """A reward that cannot be loaded, raised, or returned something that is not one number or None
-    per completion."""
+    """A reward that cannot be loaded, that raised an error, or that did not return one number or
+    None per completion."""
 
 
 class CheckpointError(UserError):
-    """State that cannot be saved or continued from."""
+    """A checkpoint that cannot be written, or that a run cannot continue from."""
 
 
 class Stopped(SystemExit):
-    """A run ends because it was asked to, by a signal or an alarm; `code` is the process's exit
-    code. No other SystemExit is one of ours."""
+    """A run ends because a signal or an alarm requested it; `code` is the process's exit code. The
+    engine raises no other SystemExit."""
 
 
 class SetupError(RuntimeError):
@@ -41,16 +41,16 @@ class SetupError(RuntimeError):
     directory that another process holds."""
 
 
-SAID = "another rank has said so"  # a note on an error that an earlier rank has, too
+SAID = "another rank has said so"  # note on an error that an earlier rank has as well
 
 
 class Elsewhere(Exception):
-    """Marks an error that happened on another rank, which has told of it."""
+    """Mark of an error that happened on another rank (process), which has reported it."""
 
 
 def no_such(path: str | Path) -> str:
-    """Says that a path does not exist, from which part on, and what stands there under nearly that
-    name."""
+    """Return a message that says that a path does not exist, which part of it is missing first, and
+    which existing name is similar."""
     text, path = str(path), Path(path)
     if text.startswith("~"):
         return (

@@ -1,4 +1,4 @@
-"""What is known of a mean, of a share and of pass@k from so many samples."""
+"""Estimates from samples, with their uncertainty: of a mean, of a share and of pass@k."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float], per: int = 1) -> Estimate:
-        """Return the mean of values that are independent, or only those of different prompts, each
-        of which has `per` of them in a row: then of the prompts' means. Values that are not finite
-        are left out. The error of fewer than two is nan; so is the mean of none."""
+        """Return the mean of independent values, with its standard error. If each prompt has `per`
+        values, which follow one another, only the prompts are independent: the estimate is then
+        that of the prompts' means. Values that are not finite are left out. The error of fewer than
+        two values is nan, and so is the mean of no values."""
         groups = [
             [value for value in values[start : start + per] if math.isfinite(value)]
             for start in range(0, len(values), per)
@@ -37,7 +38,7 @@ class Estimate:
         )
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference of two independent estimates."""
+        """Return the difference of two independent estimates."""
         return Estimate(self.mean - other.mean, math.hypot(self.error, other.error))
 
     def __str__(self) -> str:
@@ -45,9 +46,9 @@ class Estimate:
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson, 1927, JASA 22). Of a mean of values within
-    [0, 1], `successes` being their sum, it is too wide rather than too narrow: none varies more
-    than a proportion does."""
+    """Return the 95% score interval of a proportion (Wilson, 1927, JASA 22). It also serves for the
+    mean of values within [0, 1], with their sum as `successes`. The interval is then too wide
+    rather than too narrow, since no such values vary more than those of a proportion."""
     if trials == 0:
         return 0.0, 1.0
     share, spread = successes / trials, z * z / trials
@@ -59,9 +60,9 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
-    """The probability that one of k samples is right, of a prompt of whose `samples` `right` were:
-    1 - C(samples - right, k) / C(samples, k), without bias (Chen et al., 2021, "Evaluating Large
-    Language Models Trained on Code", eq. 1).
+    """Estimate the probability that at least one of k samples is right, for a prompt with `right`
+    right ones among `samples`: 1 - C(samples - right, k) / C(samples, k), without bias (Chen et
+    al., 2021, "Evaluating Large Language Models Trained on Code", eq. 1).
 
     Raises:
         ValueError: k is not within 1 .. samples, or `right` not within 0 .. samples.

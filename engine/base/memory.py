@@ -1,4 +1,5 @@
-"""The system's memory, on a CPU: huge pages for what lives long, and what was freed given back."""
+"""Memory of the system, on a CPU: huge pages for long-lived tensors, and freed memory given
+back."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ _HUGE_PAGE = 2 << 20
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's; other C libraries have none."""
+    """Return glibc's malloc_trim; other C libraries have none."""
     try:
         return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
     except (AttributeError, OSError):
@@ -23,20 +24,22 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def give_back(freed: int) -> None:
-    """Give free pages of the heap back to the system; `freed`: bytes that the caller has just let
-    go of. Fewer than 256 MiB are kept: using such pages again is cheaper than getting them anew.
-    glibc keeps blocks of up to 32 MiB when they are freed, such as gradients and moments made
-    between them: a rollout that follows training would run beside a gigabyte that nobody uses. On
-    CUDA torch's allocator has them for whoever asks next."""
+    """Give free pages of the heap back to the system. `freed` is the number of bytes that the
+    caller has just freed; below 256 MiB nothing is given back, since using such pages again is
+    cheaper than getting new ones.
+
+    glibc keeps blocks of up to 32 MiB when they are freed, such as gradients and optimizer moments.
+    Without this call, up to a gigabyte of unused memory would stay allocated during the rollout
+    that follows training. On CUDA torch's allocator reuses freed memory itself."""
     trim = _malloc_trim() if freed >= _WORTH_IT else None
     if trim is not None:
         trim(0)
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages under a CPU tensor that nobody has written yet: what is read here and
-    there in many megabytes, such as a KV cache, is then found without a walk through the page
-    tables. Advice: where a system has none, nothing is lost but time."""
+    """Ask the system to use huge pages for a CPU tensor that has not been written yet. Scattered
+    reads from a large tensor, such as a KV cache, then need fewer lookups in the page tables. A
+    system without huge pages ignores the request, and reads are only slower."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or tensor.device.type != "cpu":
         return

@@ -1,11 +1,11 @@
-"""PackedBatch: the one batch type. Flat tokens, sequence boundaries, and columns that travel with
-them; no padding anywhere.
+"""PackedBatch: the only type of batch. It holds flat tokens, sequence boundaries, and columns
+(tensors with a number per token or per sequence), without padding.
 
 Shapes    N tokens, B sequences. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b + 1].
-Alignment A per-token column at slot t speaks of token t given the tokens before it. What a model
-          computes at slot t - 1 (the prediction of token t, the value of the state before it) is
-          moved to slot t by `to_next`. The first slot of a sequence has no prediction: it is never
-          an action and its columns are 0.
+Alignment Slot t of a per-token column holds the number of token t given the tokens before it. What
+          a model computes at slot t - 1 (the prediction of token t, the value of the state before
+          it) is moved to slot t by `to_next`. The first slot of a sequence has no prediction: it is
+          never an action and its columns are 0.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
 def split_by_tokens(
     sized: Iterable[tuple[int, int]], tokens_per_microbatch: int
 ) -> list[list[int]]:
-    """Group (index, tokens) items into micro-batches of at most `tokens_per_microbatch` tokens,
-    longest first, so that the lengths within one are alike; an item above the limit stands alone.
-    The partition depends on its arguments alone."""
+    """Group (index, tokens) items into micro-batches of at most `tokens_per_microbatch` tokens.
+    Items are taken longest first, so that each micro-batch has similar lengths; an item above the
+    limit gets a micro-batch of its own. The result depends on the arguments alone."""
     if tokens_per_microbatch < 1:
         raise ValueError(f"expected tokens_per_microbatch >= 1, got {tokens_per_microbatch}")
     parts: list[list[int]] = []
@@ -70,11 +70,12 @@ class PackedBatch:
     action_mask [N] bool, True where the policy chose the token (the EOS that ended it included).
     The other columns are optional: float32 [N] log-probabilities, entropies, values, advantages,
     returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and
-    scores of the same prompt's greedy completion, int64 [B] group_ids, equal where the prompt is.
-    `rollout_logp` and `rollout_values` are the sampler's words, to compare with; what trains is
-    computed by the training forward, whose bits the next forward reproduces. `kept` has a row a
-    slot: the ids that its token was drawn from (an empty row: the whole vocabulary), over which
-    alone it is scored. `lengths` are the host's copy of the sizes.
+    scores of the same prompt's greedy completion, int64 [B] group_ids, equal for sequences of the
+    same prompt. `rollout_logp` and `rollout_values` come from the sampler, for comparison. Training
+    uses the numbers of the training forward, whose bits the next forward reproduces. `kept` has one
+    row per slot: the ids that the slot's token was drawn from (those that top-k, top-p or min-p
+    left; an empty row: the whole vocabulary). The token is scored over these ids alone. `lengths`
+    are the sequences' lengths on the host.
     """
 
     token_ids: Tensor
@@ -128,11 +129,11 @@ class PackedBatch:
         """Pack (prompt ids, completion ids) pairs; the completion tokens are the actions.
 
         Raises:
-            ValueError: a sequence with no prompt token before its first action (its logprob would
+            ValueError: a sequence has no prompt token before its first action (its logprob would
                 have no condition).
         """
         ids: list[int] = []
-        sizes: list[int] = []  # of prompts and completions in turn
+        sizes: list[int] = []  # lengths of prompts and completions in turn
         for index, (prompt, completion) in enumerate(sequences):
             if not len(prompt) and len(completion):
                 raise ValueError(
@@ -157,11 +158,12 @@ class PackedBatch:
         *,
         device: torch.device | str | None = None,
     ) -> PackedBatch:
-        """Pack (ids, actions) pairs, as of conversations where the assistant speaks more than once.
+        """Pack (ids, actions) pairs, such as conversations in which the assistant speaks more than
+        once.
 
         Raises:
-            ValueError: ids and actions of different lengths, or a first token that is an action
-                (its logprob would have no condition).
+            ValueError: ids and actions have different lengths, or a first token is an action (its
+                logprob would have no condition).
         """
         listed = list(sequences)
         for index, (tokens, chosen) in enumerate(listed):
@@ -209,13 +211,13 @@ class PackedBatch:
         *,
         device: torch.device | str | None = None,
     ) -> PackedBatch:
-        """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as
-        `rollout_logp` and, where all have them, its values as `rollout_values`. `kept` is there
-        where truncation left a part of the vocabulary somewhere.
+        """Pack completions, one sequence each, prompt by prompt. The sampler's log-probabilities
+        become `rollout_logp`, and its values `rollout_values` if all completions have them. `kept`
+        is set if top-k, top-p or min-p excluded part of the vocabulary for any token.
 
-        The ids are those that were generated from (`Completion.prompt_ids`): nothing is tokenised
-        again. `prompts` may be what was given to `generate`; token-id prompts are checked against
-        the completions.
+        The prompt ids are those that the sampler used (`Completion.prompt_ids`); nothing is
+        tokenised again. Pass the same `prompts` as to `generate`; prompts that are token ids are
+        checked against the completions.
         """
         if len(prompts) != len(outs):
             raise ValueError(
@@ -244,7 +246,7 @@ class PackedBatch:
         versions[completed] = torch.tensor(
             [v for c in flat for v in c.weights_versions], dtype=torch.int64
         )
-        # of a completion all tokens, but for those that it was extended by
+        # all tokens of a completion, except those added by `extend`
         actions = completed.clone()
         if any(c.action_mask is not None for c in flat):
             chosen = [
@@ -270,8 +272,8 @@ class PackedBatch:
 
     @classmethod
     def concat(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
-        """The sequences of all of them, in order, with the columns that every one has. Raises
-        ValueError without any."""
+        """Join batches: all sequences in order, with the columns that every batch has. Raise
+        ValueError if there are no batches."""
         if not batches:
             raise ValueError("PackedBatch.concat: expected one batch or more, got none")
         found = {
@@ -314,15 +316,16 @@ class PackedBatch:
 
     # ---- what a model computes at a slot, and what it says of the next one -----------------------
     def labels(self) -> Tensor:
-        """[N] int64: at slot t the token at t + 1 where that is an action of the same sequence,
-        else IGNORE."""
+        """[N] int64. Slot t holds the token at t + 1 if that token is an action of the same
+        sequence, else IGNORE."""
         labels = torch.full_like(self.token_ids, IGNORE)
         if self.num_tokens:
             labels[:-1] = torch.where(self.action_mask[1:], self.token_ids[1:], IGNORE)
         return labels  # a first slot is never an action, so nothing crosses a boundary
 
     def kept_of_labels(self) -> Kept | None:
-        """`kept` as rows of `labels`: at slot t what the token at t + 1 was drawn from."""
+        """Rows of `kept` aligned with `labels`: row t has the ids that the token at t + 1 was drawn
+        from."""
         if self.kept is None or not self.num_tokens:
             return None
         # the first slot is no action, and its row is empty
@@ -331,31 +334,30 @@ class PackedBatch:
 
     @staticmethod
     def to_next(x_N: Tensor) -> Tensor:
-        """Move what was computed at slot t - 1 to slot t; slot 0 becomes 0. Differentiable. Mask
-        the result: the first slot of every later sequence receives the last value of the sequence
+        """Move each number at slot t - 1 to slot t; slot 0 becomes 0. Differentiable. Mask the
+        result: the first slot of every later sequence receives the last number of the sequence
         before it."""
         return torch.cat([x_N.new_zeros(min(1, x_N.shape[0])), x_N[:-1]])
 
     @staticmethod
     def to_previous(x_N: Tensor) -> Tensor:
-        """Move what belongs to slot t to slot t - 1, whose hidden state speaks of it; the last slot
-        becomes 0. Of columns that are 0 at first slots nothing crosses a boundary.
+        """Move each number at slot t to slot t - 1, whose hidden state predicts token t; the last
+        slot becomes 0. If a column is 0 at first slots, no number moves into another sequence.
         Differentiable."""
         return torch.cat([x_N[1:], x_N.new_zeros(min(1, x_N.shape[0]))])
 
     @staticmethod
     def counts_before(mask_N: Tensor) -> Tensor:
-        """[N + 1] int64: how many slots of the mask are True before each slot, and before the
-        end."""
+        """Return [N + 1] int64: the number of True slots before each slot, and before the end."""
         return torch.cat([mask_N.new_zeros(1, dtype=torch.int64), mask_N.cumsum(0)])
 
     # ---- parts -----------------------------------------------------------------------------------
     def with_columns(self, **columns: Tensor | Kept | None) -> PackedBatch:
-        """The same batch with these columns set."""
+        """Return the same batch with these columns set."""
         return replace(self, **columns)  # type: ignore[arg-type]
 
     def column(self, name: str) -> Tensor:
-        """An optional column that must be there. Raises ValueError where it was not filled."""
+        """Return an optional column. Raise ValueError if it was not filled."""
         column = getattr(self, name)
         if column is None:
             raise ValueError(
@@ -364,13 +366,13 @@ class PackedBatch:
         return column
 
     def slots(self, sequences: Sequence[int]) -> Tensor:
-        """[n] int64: the token slots of these sequences, in this order."""
+        """Return [n] int64, the token slots of these sequences, in this order."""
         starts = list(accumulate(self.lengths, initial=0))
         parts = [torch.arange(starts[b], starts[b + 1]) for b in sequences]
         return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)).to(self.device)
 
     def select(self, sequences: Sequence[int]) -> PackedBatch:
-        """The batch of these sequences, in this order, with all their columns."""
+        """Return the batch of these sequences, in this order, with all their columns."""
         slots, rows = (
             self.slots(sequences),
             torch.tensor(list(sequences), dtype=torch.int64, device=self.device),
@@ -397,8 +399,8 @@ class PackedBatch:
         sequences: Sequence[int] | None = None,
         apart: Collection[int] = (),
     ) -> list[list[int]]:
-        """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`. Those
-        that are in `apart` come last, in micro-batches of their own."""
+        """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`.
+        Sequences in `apart` are not mixed with others: their micro-batches come last."""
         members = range(self.num_sequences) if sequences is None else sequences
         return [
             group
@@ -412,11 +414,11 @@ class PackedBatch:
     def micro_batches(
         self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None
     ) -> Iterator[PackedBatch]:
-        """The batches of `split`, one after the other."""
+        """Yield the micro-batches of `split` as batches."""
         return (self.select(group) for group in self.split(tokens_per_microbatch, sequences))
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         moved = {
             f.name: value.to(device)
             for f in fields(self)
@@ -426,13 +428,14 @@ class PackedBatch:
 
     # ---- padded views: only at the borders -------------------------------------------------------
     def to_padded(self, x_N: Tensor, *, fill: float | int | bool = 0) -> Tensor:
-        """[N, ...] -> [B, T, ...], sequences left-aligned, `fill` behind them."""
+        """Return a column [N, ...] as [B, T, ...]: sequences are left-aligned, with `fill` after
+        them."""
         out = x_N.new_full((self.num_sequences, self.max_length, *x_N.shape[1:]), fill)
         out[self._valid()] = x_N
         return out
 
     def from_padded(self, x_BT: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...]: the inverse of `to_padded`."""
+        """Return [B, T, ...] as [N, ...]: the inverse of `to_padded`."""
         if x_BT.shape[:2] != (self.num_sequences, self.max_length):
             raise ValueError(
                 f"PackedBatch.from_padded: expected [{self.num_sequences}, {self.max_length}, "
@@ -450,7 +453,8 @@ def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _kept(completions: Sequence[Completion], device: torch.device | str | None) -> Kept | None:
-    """Of the slots of these completions behind their prompts; None where nothing was truncated."""
+    """Return `kept` of the slots of these completions, each after its prompt; None if no token was
+    drawn from a part of the vocabulary."""
     if not any(len(row) for c in completions for row in c.kept or ()):
         return None
     rows: list[Sequence[int]] = []

@@ -1,9 +1,9 @@
-"""What a run is: frozen dataclasses, one level deep per concern. The command line, YAML and Python
-construct the same objects.
+"""Configuration of a run: frozen dataclasses, with one group of options for each subject. The
+command line, YAML and Python construct the same objects.
 
-Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per_prompt`,
+Four options, and no others, set the sizes of a batch: `prompts_per_step`, `samples_per_prompt`,
 `minibatches`, `tokens_per_microbatch`. The split into micro-batches never changes the gradient, so
-`tokens_per_microbatch` is about memory alone.
+`tokens_per_microbatch` affects memory only.
 """
 
 from fusedrl.engine.config.base import (

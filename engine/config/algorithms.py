@@ -1,10 +1,10 @@
-"""Every policy algorithm as data: an advantage, an objective, where the KL goes, how tokens are
-weighted, and what is usual.
+"""Table of the policy algorithms: advantage, objective, place of the KL, weighting of tokens, and
+usual numbers of each.
 
-One loop (stages/policy.py) runs them all. A row's numbers are defaults: whatever a configuration
-names itself beats them. Advantages are functions in policy/advantages.py, objectives are in
-policy/objectives.py; both take more by registration or by dotted path. This file imports nothing
-heavy: the command line reads it.
+One loop (stages/policy.py) runs all algorithms. The numbers in the table are defaults: an option
+that a configuration sets replaces them. Advantages are functions in policy/advantages.py,
+objectives in policy/objectives.py; more can be registered, or named by dotted path. This file
+imports no large package, because the command line reads it.
 
 Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid.
           13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al. (2017), eqs. 7 and 8; KL in
@@ -16,30 +16,30 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al.
           (2025), as verl has it; sequence_ratio: the objective by which courses introduce PPO for
           language models, without advantages: for study.
-Updates   optimizer steps on one rollout are epochs x minibatches; with one every ratio is exactly
-          1, and what bounds ratios never acts. Of each row:
+Updates   optimizer steps on one rollout are epochs x minibatches; with one step every ratio is
+          exactly 1, and bounds on ratios have no effect. Defaults and their sources:
             ppo, ppo_penalty       4 epochs: Ziegler et al. (2019), Huang et al. (2024)
             dapo                   16: mini-batches of 512 of 512 x 16 completions (section 4.1)
             cispo                  16 "rounds of off-policy updates per generation batch" (section
                                    3.1)
-            dr_grpo, gmpo          8: rollouts of 128 x 8 completions in batches of 128, as Dr.
-                                   GRPO's scripts have it, whose setting GMPO takes
+            dr_grpo, gmpo          8: rollouts of 128 x 8 completions in batches of 128, as in Dr.
+                                   GRPO's scripts, whose setting GMPO uses
             reinforce_pp           8, with and without the group's mean: OpenRLHF, rollouts of 1024
                                    in batches of 128
             gspo, sapo             4 mini-batches (section 5.1 of each)
             grpo                   1: "a single update following each exploration stage" (section
                                    4.2). DeepSeek-R1 (2025) has 16: minibatches 16
             sequence_ratio         4 epochs, as ppo
-            ppo_max                1: train_ppo_zh.sh of their code has as many rollouts as there
-                                   are in a batch
-            the others             1: their gradient is that of the policy which drew the samples
-          A row's minibatches are of its objective: trpo and reinforce in its place have one. They
-          are no more than there are prompts in a step.
-Epsilon   of Adam: 1e-5 where Huang et al. (2024) have it, in ppo and ppo_penalty, which follow
-          their numbers; elsewhere 1e-8. Beside gradients of large models, which are small in each
-          parameter, 1e-5 shortens steps (docs/metrics.md, optim/below_epsilon).
+            ppo_max                1: in train_ppo_zh.sh of their code a batch has as many
+                                   completions as a rollout
+            all others             1: their gradient is that of the policy which drew the samples
+          These numbers belong to the algorithm's own objective: with loss.objective trpo or
+          reinforce the default is one minibatch. It is never more than the prompts of a step.
+Epsilon   of Adam: 1e-5 in ppo and ppo_penalty, which follow the numbers of Huang et al. (2024);
+          elsewhere 1e-8. Gradients of large models are small in each parameter, so that 1e-5
+          shortens their steps (docs/metrics.md, optim/below_epsilon).
 ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I, with the numbers of
-          their code (MOSS-RLHF). What it adds to ppo are seven things, each an option of its own:
+          their code (MOSS-RLHF). It adds seven things to ppo, each with its own option:
             1. KL in the reward                      kl.coef 0.02 (their English script: 0.01)
             2. scores normalised, then clipped       normalize_scores, or scale_scores alone (less
                one constant); score_clip 10
@@ -49,13 +49,14 @@ ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I,
             6. an entropy target                     loss.entropy_coef, loss.entropy_target: off
                here, and of weight 0 there
             7. a pretraining loss                    off here: it needs data
-          and one pass over each rollout, with a critic that starts from the reward model
-          (critic.model), and Adam's usual epsilon. The English run that they published has less:
+          It also makes one pass over each rollout, and has a critic that starts from the reward
+          model (critic.model), and Adam's usual epsilon. Their published English run has less:
           scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6.
-          The ratio, and with it 4 and 5, needs more than one optimizer step a rollout (minibatches,
-          epochs). What moves the optimum, ref exp(r / beta): 2, since dividing scores by s is a KL
-          coefficient of s beta (taking a mean off moves nothing), and a clip of scores that binds;
-          6; 7. Of an exact critic every advantage is 0 there, so 3, 4 and 5 leave it where it is.
+          4 and 5 have an effect only with more than one optimizer step per rollout (minibatches,
+          epochs). The optimum, ref exp(r / beta), is changed by 2, 6 and 7 only. Of 2, dividing
+          scores by s acts as a KL coefficient of s beta, and a clip changes the scores that it
+          reaches; subtracting a mean changes nothing. 3, 4 and 5 do not move the policy away from
+          the optimum: with an exact critic, every advantage there is 0.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ from fusedrl.engine.base.blame import told
 from fusedrl.engine.base.errors import ConfigError, Stopped
 
 Needs = Literal["", "critic", "group", "greedy"]
-# Built-in advantages, and what each needs beside scores: a critic's values, several completions of
-# a prompt, or the score of the greedy completion.
+# Built-in advantages, and what each needs in addition to scores: a critic's values, several
+# completions of a prompt, or the score of the greedy completion.
 ADVANTAGES: dict[str, Needs] = {
     "gae": "critic",
     "learned_baseline": "critic",
@@ -87,8 +88,8 @@ ADVANTAGES: dict[str, Needs] = {
     "pass_at_k": "group",
     "remax": "greedy",
 }
-# Built-in objectives: a kind of kernels/objective.py, and the bounds it has here where a
-# configuration names none.
+# Built-in objectives: a kind in kernels/objective.py, and its default bounds, which apply if a
+# configuration sets none.
 OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "reinforce": ("reinforce", {}),
     "importance": ("ratio", {}),
@@ -105,32 +106,33 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     # a function in policy/objectives.py
     "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),
 }
-# what an objective may use of LossConfig
+# fields of LossConfig that an objective may use
 BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau_negative", "beta")
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of ALGORITHMS: what the algorithm is, and the numbers that are usual for it.
+    """One entry of ALGORITHMS: the parts of an algorithm, and its usual numbers.
 
     Attributes:
-        title: what messages call it.
-        advantage: one of ADVANTAGES.
-        objective: one of OBJECTIVES.
+        title: name of the algorithm in messages.
+        advantage: name of its advantage, one of ADVANTAGES.
+        objective: name of its objective, one of OBJECTIVES.
         aggregation: how the losses of tokens become one number (`LossConfig.aggregation`).
-        kl_placement: where the KL to the reference goes: into the reward or the loss.
-        kl_coef: the KL's factor; 0 is no KL, and no reference is loaded.
+        kl_placement: whether the KL to the reference is part of the reward or of the loss.
+        kl_coef: the KL's factor; with 0 there is no KL, and no reference is loaded.
         kl_estimator: how the KL of a token is estimated: k1, k2, k3, abs or full.
-        whiten: advantages to mean 0 and variance 1 over the batch of a step.
+        whiten: scale advantages to mean 0 and variance 1 over the batch of a step.
         samples_per_prompt: completions of each prompt.
         epochs: passes over a rollout.
         minibatches: optimizer steps of a pass.
         eps: epsilon of Adam.
-        refill_tries: how often, at most, groups of equal scores are replaced by other prompts'.
-        normalize_scores: scores less their mean, over their standard deviation, both of the run so
-            far.
-        score_clip: the largest size of a score; None is no bound.
-        advantage_clip: the largest size of an advantage; None is no bound.
+        refill_tries: how often, at most, groups whose scores are all equal are replaced by groups
+            of other prompts.
+        normalize_scores: subtract the mean of all scores of the run so far, then divide by their
+            standard deviation.
+        score_clip: largest absolute value of a score; None sets no bound.
+        advantage_clip: largest absolute value of an advantage; None sets no bound.
     """
 
     title: str
@@ -169,7 +171,7 @@ def _group(
     minibatches: int = 1,
     refill_tries: int = 0,
 ) -> Algorithm:
-    """A row of eight completions of each prompt, whose KL, if any, is in the loss."""
+    """Return an algorithm with eight completions per prompt, whose KL, if any, is in the loss."""
     return Algorithm(
         title,
         advantage,
@@ -310,10 +312,11 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def resolve(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    """`known[name]`, or the attribute that a dotted path names.
+    """Return `known[name]`, or the function that a dotted path names.
 
     Raises:
-        ConfigError: neither, or no function; names those known.
+        ConfigError: `name` is neither known nor importable, or is not a function. The message lists
+            the known names.
     """
     if name in known:
         return known[name]

@@ -1,5 +1,5 @@
-"""What every stage's configuration is made of: the optimizer, adapters, the run directory, how
-completions are sampled."""
+"""Parts of every stage's configuration: optimizer, adapters, run directory, sampling of
+completions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def require(condition: bool, where: str, expected: str, found: object) -> None:
 
 
 def check(config: Any, group: str, *rows: tuple[Any, ...]) -> None:
-    """Raise ConfigError for the first row whose condition does not hold.
+    """Raise ConfigError for the first check whose condition does not hold.
 
     Args:
-        config: what the rows are about.
-        group: where its fields are among the options ("optim": as optim.lr); "" for the top.
-        rows: (field, condition, what is expected), and fourth what was found, where that is not the
-            field's value; the field "" is the whole group.
+        config: the object whose fields are checked.
+        group: prefix of the object's options ("optim" for optim.lr); "" for options without a
+            prefix.
+        rows: checks (field, condition, what is expected[, what was found]). By default the field's
+            value is what was found. The field "" stands for the whole group.
     """
     for field_, condition, expected, *found in rows:
         where = ".".join(name for name in (group, field_) if name)
@@ -34,7 +35,7 @@ def check(config: Any, group: str, *rows: tuple[Any, ...]) -> None:
 
 
 def check_values(config: StageConfig) -> None:
-    """Raise ConfigError unless all numbers are finite, and model and data are named."""
+    """Raise ConfigError unless all numbers are finite, and model and data are not empty."""
 
     def finite(value: Any, name: str) -> None:
         if is_dataclass(value):
@@ -54,32 +55,32 @@ def check_values(config: StageConfig) -> None:
 
 
 def either(value: Any, usual: Any) -> Any:
-    """Return the value, or what is usual where it was left out."""
+    """Return `value`, or `usual` if `value` is None."""
     return usual if value is None else value
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW.
+    """Options of the optimizer, AdamW.
 
     Args:
         lr: peak learning rate.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment; None: the algorithm's, which is 1e-5 for ppo
-            and ppo_penalty (Huang et al., 2024, "The N+ implementation details"), and 1e-8
-            everywhere else. Steps of parameters whose gradients are below it are shorter:
-            optim/below_epsilon says of how many.
-        eps_mode: torch adds it to the root of the unbiased moment. tensorflow adds it to that of
-            the biased one (Kingma and Ba, 2015, the form before section 2.1, "epsilon hat"), which
-            is torch's with eps / sqrt(1 - beta2^t): 32 times as much at the first step, so that the
-            first steps are smaller. Runs that are compared with TensorFlow's (Ziegler et al., 2019)
-            want it.
-        weight_decay: decoupled, on matrices only.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment; None takes the algorithm's value, 1e-5 for ppo
+            and ppo_penalty (Huang et al., 2024, "The N+ implementation details") and 1e-8 for all
+            others. Parameters whose gradients are smaller than eps take shorter steps; the metric
+            optim/below_epsilon is the share of such parameters.
+        eps_mode: torch adds eps to the root of the unbiased second moment. tensorflow adds eps to
+            the root of the biased one (Kingma and Ba, 2015, the form before section 2.1, "epsilon
+            hat"). This equals torch's form with eps / sqrt(1 - beta2^t): 32 times as much at the
+            first step, so that the first steps are smaller. Use tensorflow to compare a run with
+            TensorFlow's (Ziegler et al., 2019).
+        weight_decay: decoupled weight decay, applied to matrices only.
         schedule: after the warm-up, constant, or linear to zero at the last step.
         warmup_steps: optimizer steps of linear warm-up.
-        max_grad_norm: the global norm above which gradients are scaled down; 0 leaves them.
-        state: of the moments: float32, or int8, which takes a quarter of the memory and needs
-            torchao.
+        max_grad_norm: global norm above which gradients are scaled down; 0 never scales them.
+        state: number format of the moments: float32, or int8, which takes a quarter of the memory
+            and needs torchao.
     """
 
     lr: float = 1e-5
@@ -114,7 +115,7 @@ class OptimConfig:
         )
 
     def filled(self, eps: float) -> OptimConfig:
-        """Return these options with this epsilon where nothing was said."""
+        """Return these options, with `eps` as the epsilon if none was set."""
         return self if self.eps is not None else replace(self, eps=eps)
 
 
@@ -122,13 +123,14 @@ class OptimConfig:
 class LoRAConfig:
     """Low-rank adapters on a frozen model (Hu et al., 2021).
 
-    W + alpha / rank x B A, of which A and B are trained. No dropout: the sampler has none.
+    The weights are W + alpha / rank x B A, of which only A and B are trained. There is no dropout,
+    because the sampler has none.
 
     Args:
-        rank: of A and B.
+        rank: rank of A and B.
         alpha: the adapter is scaled by alpha / rank.
-        targets: linear layers by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
-            down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear: all.
+        targets: linear layers to adapt, by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj,
+            up_proj, down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear adapts all of them.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023).
     """
 
@@ -160,7 +162,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """Factor of the product B A."""
+        """Factor of the product B A in the adapted weights."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -180,20 +182,22 @@ LORA_TARGETS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Place of a run, and how much it keeps.
+    """Directory, seed, checkpoints and signals of a run.
 
     Args:
         dir: run directory; metrics, checkpoints and the final model go there.
-        seed: of everything that draws.
+        seed: seed of all random draws.
         resume: continue the run in `dir` from its newest complete checkpoint.
-        save_every: steps between checkpoints, whatever they cost; 0 saves by the clock.
-        save_minutes: minutes between checkpoints, longer where saving would take more than 5% of
-            the time; the first is after the first step and the last at the end. 0 saves at the end
-            only.
-        signals: that stop a run with its state saved, beside SIGINT, SIGTERM and SIGHUP: such as
-            SIGUSR1, which schedulers send before the time is up; several with commas.
-        keep: complete checkpoints kept; the oldest go first.
-        progress: live progress on the terminal.
+        save_every: steps between checkpoints, however long saving takes; 0 saves by time
+            (save_minutes).
+        save_minutes: minutes between checkpoints, or longer if saving would take more than 5% of
+            the time. The first checkpoint is written after the first step, the last at the end. 0
+            saves at the end only.
+        signals: more signals, separated by commas, that save the run's state and stop it, as
+            SIGINT, SIGTERM and SIGHUP do. For example SIGUSR1, which schedulers send before the
+            time is up.
+        keep: number of complete checkpoints to keep; the oldest are deleted first.
+        progress: show live progress on the terminal.
     """
 
     dir: str = "runs/latest"
@@ -225,18 +229,19 @@ class RunConfig:
 
     @property
     def signal_names(self) -> tuple[str, ...]:
-        """`signals`, one by one."""
+        """Names in `signals`, one by one."""
         return tuple(name.strip().upper() for name in self.signals.split(",") if name.strip())
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Several devices.
+    """Options of runs on several devices.
 
     Args:
-        lanes: in how many lanes gradients are summed: with the same number, a multiple of the
-            ranks, a run has the same bits on any number of ranks, and on one. None: as many as
-            there are ranks; with `strict` 8, where there are several.
+        lanes: number of partial sums (lanes) that gradients are added up in. It must be a multiple
+            of the number of ranks (processes); runs with the same number have the same bits on any
+            number of ranks. None: as many as there are ranks; with `strict` 8, if there are several
+            ranks.
     """
 
     lanes: int | None = None
@@ -250,17 +255,17 @@ class ParallelConfig:
 class GenerationConfig:
     """Options of sampling rollouts.
 
-    With top_k, top_p or min_p, policies are scored over the tokens that these left, and the
-    reference over all (docs/one-logprob.md).
+    If top_k, top_p or min_p is set, the policy's log-probabilities are over the tokens that these
+    options leave, and the reference's are over all tokens (docs/one-logprob.md).
 
     Args:
-        max_new_tokens: longest completion.
-        temperature: divides the logits, in sampling and in scoring alike.
+        max_new_tokens: largest number of tokens of a completion.
+        temperature: number that the logits are divided by, both in sampling and in scoring.
         top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of this probability; 1 keeps all.
-        min_p: keep tokens of at least this fraction of the likeliest one's probability; 0 keeps
+        top_p: keep the smallest set of tokens whose total probability reaches top_p; 1 keeps all.
+        min_p: keep tokens with at least this fraction of the likeliest token's probability; 0 keeps
             all.
-        stop_token_ids: ids that end a completion besides the model's own EOS.
+        stop_token_ids: token ids that end a completion, in addition to the model's own EOS.
     """
 
     max_new_tokens: int = 64
@@ -284,7 +289,7 @@ class GenerationConfig:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens are never drawn."""
+        """Whether top_k, top_p or min_p excludes tokens from being drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
@@ -296,17 +301,18 @@ class StageConfig:
         model: directory or id of the model to train.
         data: JSONL file (.gz too).
         tokens_per_microbatch: tokens of one forward and backward.
-        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward
-            pass: less memory, one more forward.
-        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping
-            with all of them listed.
-        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
-        device: cpu, cuda, or None for the best there is.
+        checkpoint_activations: keep only the layers' inputs, and compute the rest again in the
+            backward pass. This saves memory and costs one more forward.
+        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and continue, instead of
+            stopping with a list of them.
+        dtype: dtype of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
+        device: cpu or cuda; None chooses cuda if there is a GPU, else cpu.
         lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora
-            turns it on. <run>/model then holds them merged, <run>/adapter by themselves.
+            turns it on. <run>/model then holds the model with the adapters merged, <run>/adapter
+            the adapters alone.
 
     Raises:
-        ConfigError: a value that is out of range, or options that contradict each other.
+        ConfigError: a value is out of range, or options contradict each other.
     """
 
     model: str
@@ -339,7 +345,8 @@ class GivenTextsConfig:
     Args:
         epochs: passes over the data.
         eval_fraction: part of the data held out; its loss is reported after the last step.
-        max_length: longer examples are dropped and counted; None is the model's own limit.
+        max_length: largest number of tokens of an example; longer ones are dropped and counted.
+            None takes the model's own limit.
     """
 
     epochs: int = 1
@@ -360,21 +367,23 @@ class GivenTextsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Options of the stages that learn from completions of their own.
+    """Options of the stages that learn from completions which the policy samples.
 
     Args:
-        reward: rewards, each file.py:function, or a directory of a reward model.
-        reward_weights: one weight per reward; None weighs each 1.
-        steps: rollouts, each followed by epochs x minibatches optimizer steps.
+        reward: one or more rewards, each file.py:function or the directory of a reward model.
+        reward_weights: one weight per reward; None gives each the weight 1.
+        steps: number of rollouts, each followed by epochs x minibatches optimizer steps.
         prompts_per_step: prompts of one rollout.
         samples_per_prompt: completions of each prompt.
         epochs: passes over a rollout.
         minibatches: optimizer steps of one pass.
-        max_prompt_length: longer prompts are dropped before the first step and counted; None is
-            what fits the model with max_new_tokens.
-        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
-        max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run
-            stops, below it those samples are left out.
+        max_prompt_length: largest number of tokens of a prompt; longer ones are dropped before the
+            first step and counted. None takes what fits the model together with max_new_tokens.
+        missing_eos_penalty: subtracted from the score of a completion that was cut off before it
+            ended.
+        max_invalid_fraction: largest share of a rollout's samples whose reward may be invalid (it
+            raised, is NaN or of a wrong type). Above this share the run stops; up to it the invalid
+            samples are left out.
     """
 
     model: str
@@ -419,12 +428,12 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig(StageConfig):
-    """Options of the stages that stay near a reference, their initial weights.
+    """Options of the stages that keep the policy near a reference, the initial weights.
 
     Args:
         reference: frozen is a second copy of the weights; adapter_off is the policy with its
-            adapter switched off, which takes no memory; host is a copy in the host's memory that
-            comes to the GPU to score; auto is adapter_off with lora and frozen without.
+            adapter switched off, which takes no memory; host is a copy in the host's memory that is
+            moved to the GPU to score. auto is adapter_off with lora and frozen without.
     """
 
     reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
@@ -443,7 +452,7 @@ class ReferenceConfig(StageConfig):
 
     @property
     def reference_kind(self) -> str:
-        """`reference`, with auto resolved: frozen, adapter_off or host."""
+        """Kind of the reference, with auto resolved: frozen, adapter_off or host."""
         if self.reference != "auto":
             return self.reference
         return "frozen" if self.lora is None else "adapter_off"

@@ -1,5 +1,5 @@
-"""Direct preference optimisation: a policy from preference pairs alone, without a reward model and
-without sampling."""
+"""Options of direct preference optimisation, which trains a policy on preference pairs, without a
+reward model and without sampling."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
 
     The reference is the initial weights.
 
-    With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), sums over
-    the tokens of each answer and no means:
-    sigmoid -log sigmoid(beta h), ipo (h - 1 / (2 beta))^2, hinge max(0, 1 - beta h); see
-    preference/losses.py.
+    Let h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), where each
+    log-probability is the sum over the answer's tokens, not the mean. The losses are: sigmoid -log
+    sigmoid(beta h), ipo (h - 1 / (2 beta))^2, hinge max(0, 1 - beta h); see preference/losses.py.
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.
         data: JSONL file (.gz too) of preference pairs: {"prompt", "chosen", "rejected"} or implicit
-            {"chosen", "rejected"} such as HH-RLHF. A tie (WebGPT) is a pair of label 0.5; a
-            "margin" column is what beta h should exceed (Amini et al., 2024).
-        loss: sigmoid, ipo (of sums, as Azar et al. define it; TRL divides by lengths), hinge
-            (RSO's, SLiC's with a reference), or robust (unbiased where a share label_smoothing of
-            the labels is known to be wrong).
-        beta: of the KL to the reference that is traded for preference; of ipo, its tau.
-        label_smoothing: of sigmoid, the probability that a label is wrong, believed (Mitchell,
-            2023, cDPO); of robust, known (Chowdhury et al., 2024).
+            {"chosen", "rejected"} such as HH-RLHF. A tie (WebGPT) is a pair with label 0.5; a
+            "margin" field is the number that beta h should exceed (Amini et al., 2024).
+        loss: sigmoid; ipo (of sums, as Azar et al. define it; TRL divides by lengths); hinge (that
+            of RSO, or of SLiC with a reference); or robust (unbiased if the share of wrong labels
+            is known to be label_smoothing).
+        beta: strength of the KL that keeps the policy near the reference; with ipo, its tau.
+        label_smoothing: probability that a label is wrong: an assumed one with sigmoid (Mitchell,
+            2023, cDPO), a known one with robust (Chowdhury et al., 2024).
         nll_coef: weight of the mean negative log-probability of the chosen answer's tokens, added
             to the loss of its pair (Pang et al., 2024).
         eval_fraction: part of the pairs held out for loss and accuracy.
         epochs: passes over the pairs.
         pairs_per_step: pairs of one optimizer step.
-        tokens_per_microbatch: tokens of one forward and backward, both answers of a pair with their
-            prompts; a pair is never cut.
-        max_length: pairs with a longer side are dropped and counted; None is the model's own limit.
-        optim: of the update. The peak learning rate here is Rafailov et al.'s, 1e-6, for all the
-            weights of a large model; adapters and small models take more.
+        tokens_per_microbatch: tokens of one forward and backward, counting both answers of a pair
+            with their prompts; a pair is never split.
+        max_length: largest number of tokens of a prompt with an answer; longer pairs are dropped
+            and counted. None takes the model's own limit.
+        optim: the optimizer. Its default peak learning rate, 1e-6, is that of Rafailov et al. for
+            all the weights of a large model; adapters and small models need a larger one.
     """
 
     model: str

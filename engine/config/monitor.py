@@ -1,4 +1,4 @@
-"""What watches a policy run without taking part in it: evaluation on held-out prompts, and the
+"""Options that observe a policy run without changing it: evaluation on held-out prompts, and the
 alarm for reward hacking."""
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from fusedrl.engine.config.base import check, require
 class EvaluationConfig:
     """Held-out evaluation during a policy run.
 
-    It takes place before the first step, every so many steps and after the last. The draws are the
-    same every time (the run's seed, request ids of their own), sampled as rollouts are, and
-    training is bitwise what it is without.
+    It takes place before the first step, every `every` steps, and after the last step. Completions
+    are sampled as in rollouts, with the same random draws each time (the run's seed, separate
+    request ids). Training is bitwise the same as without evaluation.
 
     Args:
-        data: held-out prompts, as the run's own data; evaluation.data turns it on.
+        data: held-out prompts, in the format of the run's data; evaluation.data turns evaluation
+            on.
         every: steps between evaluations.
-        prompts: at most so many, drawn by the run's seed; 0 is all of them.
-        samples_per_prompt: completions of each. Where rewards are 0 or 1 throughout, pass@k is
-            reported up to this k.
-        show: prompts whose first completion goes to <run>/samples_eval.jsonl at every evaluation
-            (fusedrl samples RUN).
+        prompts: largest number of prompts to use, drawn by the run's seed; 0 uses all of them.
+        samples_per_prompt: completions of each prompt. If all rewards are 0 or 1, pass@k is
+            reported for k up to this number.
+        show: number of prompts whose first completion is written to <run>/samples_eval.jsonl at
+            every evaluation (fusedrl samples RUN).
     """
 
     data: str
@@ -46,13 +47,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """The reward-hacking alarm: the trained reward rises while what it stands for does not.
+    """Alarm for reward hacking: the reward used in training rises, but the quality it stands for
+    does not.
 
     Args:
-        action: report it (a message, <run>/alarms.jsonl, alarm/reward_hacking), stop the run with a
-            checkpoint and exit code 4, or off.
-        window: the first so many steps are compared with the last so many.
-        sigmas: standard errors from which a change counts.
+        action: report the alarm (a message, <run>/alarms.jsonl, alarm/reward_hacking), stop the run
+            with a checkpoint and exit code 4, or off.
+        window: number of steps in each of the two spans that are compared, the first and the last.
+        sigmas: smallest change that counts, in standard errors.
     """
 
     action: Literal["report", "stop", "off"] = "report"

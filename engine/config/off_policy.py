@@ -1,4 +1,4 @@
-"""Data that the policy did not sample as it is now: what the sampler is corrected by, and the
+"""Options for data that the present policy did not sample: correction for the sampler, and the
 replay buffer."""
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from fusedrl.engine.config.base import check
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """Correction for a sampler whose log-probabilities are not the trainer's.
+    """Correction for a sampler whose log-probabilities differ from the trainer's.
 
-    Another precision or other kernels make them differ. The policy term of a token is multiplied by
-    w = exp(old_logp - rollout_logp), a constant. Here the two agree to rounding
-    (sampling/logp_diff_*), and bitwise in strict mode, where every w is 1.
+    They differ if the two use different precision or kernels. The policy term of each token is
+    multiplied by w = exp(old_logp - rollout_logp), which has no gradient. In this engine the two
+    agree up to rounding (sampling/logp_diff_*), and bitwise in strict mode, where every w is 1.
 
     Args:
         kind: none; truncated is min(w, high) (Yao et al., 2025, TIS); masked is w, and 0 outside
             [low, high] (IcePop); sequence_masked is w, and 0 at all tokens of a completion whose
             geometric mean of w is outside.
-        level: of tokens; or of sequences: the product over a completion, for each of its tokens.
-            That is exact, and as noisy as the completion is long.
-        low: with the masked kinds; None is 0.5.
-        high: the cap, or the upper bound.
-        bypass: the ratio is to what the sampler said: old_logp is rollout_logp, and nothing is
-            scored first for the ratio's sake. Without weights: the ratio holds them already.
-        off_policy_delta: completions with a negative advantage teach nothing once the mean of
-            rollout_logp - logp is above this, in nats per token (DeepSeek-V3.2, 2025, off-policy
-            sequence masking); None is off.
+        level: token weighs each token by its own w; sequence weighs all tokens of a completion by
+            the product of their w. The product is exact, but noisier the longer the completion is.
+        low: lower bound, used by the masked kinds; None is 0.5.
+        high: the cap of truncated, or the upper bound of the masked kinds.
+        bypass: use the sampler's rollout_logp as old_logp in the ratio, so that old_logp need not
+            be computed. There are then no weights w, because the ratio contains them already.
+        off_policy_delta: completions with a negative advantage are left out of the loss once their
+            mean of rollout_logp - logp is above this, in nats per token (DeepSeek-V3.2, 2025,
+            off-policy sequence masking); None is off.
     """
 
     kind: Literal["none", "truncated", "masked", "sequence_masked"] = "none"
@@ -70,19 +70,20 @@ class CorrectionConfig:
 
     @property
     def floor(self) -> float:
-        """`low`, or what is usual."""
+        """Lower bound: `low`, or its default if `low` is None."""
         return 0.5 if self.low is None and self.kind != "truncated" else self.low or 0.0
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Completions of earlier rollouts, trained on again beside the new ones.
+    """Options of the replay buffer: completions of earlier rollouts are trained on again, together
+    with new ones.
 
     Args:
-        capacity: completions that the buffer holds; the oldest go first.
-        fraction: of each step's batch, from the buffer; as much as it has. New completions are as
-            many as without.
-        max_age: rollouts after which a completion is dropped.
+        capacity: largest number of completions in the buffer; the oldest are dropped first.
+        fraction: share of each step's batch that comes from the buffer, or less if the buffer holds
+            too few. The number of new completions does not change.
+        max_age: number of rollouts after which a completion is dropped.
     """
 
     capacity: int = 4096

@@ -1,4 +1,5 @@
-"""Stages that learn from given texts: demonstrations, and preferences among completions."""
+"""Options of the stages that learn from given texts: demonstrations, and preferences between
+completions."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ class SFTConfig(StageConfig, GivenTextsConfig):
         data: JSONL file (.gz too): {"prompt", "completion"}, {"text"}, {"messages"}, or preference
             pairs, whose chosen answers are used.
         eval_fraction: part of the data held out; its loss is reported after the last step.
-        eval_every: report it before the first step and every so many steps, too; 0 does not.
+        eval_every: also report the loss before the first step and every so many steps; 0 reports it
+            at the end only.
         sequences_per_step: sequences of one optimizer step.
-        every_turn: learn every turn of the assistant in conversations ({"messages"}, MOSS), not the
-            last alone; needs a chat template.
+        every_turn: learn every turn of the assistant in conversations ({"messages"}, MOSS), not
+            only the last; needs a chat template.
     """
 
     model: str
@@ -52,43 +54,44 @@ class SFTConfig(StageConfig, GivenTextsConfig):
 
 @dataclass(frozen=True)
 class RewardModelConfig(StageConfig, GivenTextsConfig):
-    """A reward model on the trunk of a language model, from preferences among K answers.
+    """Reward model on the trunk of a language model, learned from preferences among K answers.
 
-    The preferences are Bradley and Terry's, between two answers or among more.
+    The model of preferences is Bradley and Terry's, for two answers or more.
 
     Args:
         model: directory or id of the language model whose trunk is used (an SFT model, usually).
         data: JSONL file (.gz too) of preference pairs: {"prompt", "chosen", "rejected"} or implicit
             {"chosen", "rejected"} such as HH-RLHF, with a "margin" if there is one; or of ranked
-            lists: {"prompt", "completions", "ranks"}, 1 is best. All pairs of a list are learnt
-            together, as one example.
+            lists: {"prompt", "completions", "ranks"}, where rank 1 is best. All pairs of a list are
+            learned together, as one example.
         eval_fraction: part of the examples held out for the report.
-        by_prompt: hold out rows of the same prompt together, and give them one vote in the report:
-            for files with several rows of a prompt (SHP, summaries), whose accuracy is flattered
-            and whose interval is too narrow otherwise.
-        eval_every: steps between evaluations on them; 0 is at the end only.
-        epochs: passes over the examples; one is usual, more over-fit.
+        by_prompt: hold out all rows of a prompt together, and count each prompt once in the report.
+            Use it for files with several rows per prompt (SHP, summaries): otherwise the accuracy
+            is too high and its interval too narrow.
+        eval_every: steps between evaluations on the held-out examples; 0 evaluates at the end only.
+        epochs: passes over the examples; one is usual, and more tend to over-fit.
         pairs_per_step: examples (pairs, or lists) of one optimizer step.
         tokens_per_microbatch: tokens of one forward and backward; an example is never split.
-        max_length: examples with a longer side are dropped and counted; None is the model's own
-            limit.
-        label_noise: the rate at which labels are known to be flipped, in [0, 0.5): what is learnt
-            is then what annotators mean, not how often they agree. Two who agree on a share a of
-            clear cases flip (1 - sqrt(2a - 1)) / 2 each: 18% for 70%.
-        denoise_folds: 2 or more: before training, as many reward models are trained, each without
-            one part of the training examples, and those of its part are left out that it
-            contradicts; 0 trains on all. Held-out examples are never left out.
-        denoise_threshold: a pair is contradicted where the rejected answer scores more than this
-            above the chosen one (log-odds).
-        soft_labels: keep the ties of WebGPT, as pairs of which either answer is as likely to be the
-            better one.
-        center_coef: times the mean of (sum of the two scores)^2, which draws scores towards 0
-            without a shift; 0.01 is usual.
-        imitation_coef: times the cross-entropy, a mean over tokens, of the best answer by a second
-            head over the vocabulary on the same trunk.
-        normalize: after training, over the best answers of the training examples: mean, shift the
-            scores to mean 0; mean_std, scale them to variance 1, too (they are log-odds no more);
-            none, leave them.
+        max_length: largest number of tokens of a prompt with an answer; longer examples are dropped
+            and counted. None takes the model's own limit.
+        label_noise: the rate at which labels are known to be flipped, in [0, 0.5). The model then
+            learns what annotators mean, not how often they agree. If two annotators agree on a
+            share a of clear cases, each flips (1 - sqrt(2a - 1)) / 2 of them: 18% for 70%.
+        denoise_folds: number of parts (2 or more) of the training examples; before training, one
+            reward model per part is trained on all other parts, and examples of the part that this
+            model contradicts are left out. 0 trains on all examples. Held-out examples are never
+            left out.
+        denoise_threshold: a pair is contradicted if the rejected answer scores higher than the
+            chosen one by more than this (log-odds).
+        soft_labels: keep the ties of WebGPT, as pairs in which both answers are equally likely to
+            be the better one.
+        center_coef: weight of the mean of (sum of the two scores)^2 in the loss, which draws scores
+            towards 0; 0.01 is usual.
+        imitation_coef: weight of the best answer's cross-entropy, a mean over tokens, in the loss.
+            A second head over the vocabulary, on the same trunk, computes it.
+        normalize: change of the scores after training, by their statistics over the best answers of
+            the training examples. mean shifts the scores to mean 0; mean_std also scales them to
+            variance 1 (they are then no longer log-odds); none leaves them.
         lora: train adapters on the frozen trunk; lora.rank, lora.alpha, lora.targets or lora.rslora
             turns it on. The heads are trained in full, and <run>/model holds the adapters merged.
     """

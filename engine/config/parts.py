@@ -1,5 +1,5 @@
-"""Parts of a policy run: its distance from a reference, how a penalty adapts, a critic of its own,
-TRPO's step, pretraining texts."""
+"""Groups of options of a policy run: KL to the reference, adaptive penalty, critic, TRPO's step,
+pretraining texts."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from typing import Any, Literal
 from fusedrl.engine.config.algorithms import Algorithm
 from fusedrl.engine.config.base import OptimConfig, check, either
 
-# the default of a field that the algorithm's row fills in where it is left out
+# default of a field that takes the algorithm's value if it is not set
 OF_ALGORITHM: Any = None
 
 
 @dataclass(frozen=True)
 class KLConfig:
-    """The KL that keeps the policy near its reference, and where it acts.
+    """KL that keeps the policy near its reference, as part of the reward or of the loss.
 
-    The place decides what is converged to, not only how fast:
+    The placement decides which policy the run converges to, not only how fast:
 
     reward  -coef * k1 at every token (Ziegler et al., 2019). Exact: the optimum is ref * exp(reward
-            / coef), whatever is done to advantages.
+            / coef), however advantages are computed.
     loss    + coef * kl_t in the loss, with the gradient of the estimator at each token. The usual
-            k3 follows KL(ref || pi) and k2 KL(pi || ref), but both forget that a token changes the
-            states behind it, and a normalised advantage rescales coef prompt by prompt. Exact are
-            k2 and full with level="future", and k2 with level="sequence", which is noisy.
+            k3 has the gradient of KL(ref || pi), and k2 that of KL(pi || ref). Both ignore that a
+            token changes the states after it, and normalising advantages rescales coef for each
+            prompt. Exact are k2 and full with level="future", and k2 with level="sequence", which
+            is noisy.
 
-    Fields without a default here take the algorithm's (algorithms.py).
+    Fields without a default here take that of the algorithm (algorithms.py).
 
     Args:
-        coef: the coefficient, or its initial value when it adapts; 0 is none, and then no reference
-            is loaded.
-        placement: reward or loss.
-        estimator: in the loss k1, k2, k3, abs, or full, which is no estimate but the KL over the
-            whole vocabulary (one more forward of the reference); in the reward only k1, since any
-            other drops a term of the gradient.
-        level: in the loss, of tokens or (k2) of whole sequences; future (k2, full): of tokens, and
-            the advantage is less coef times the k1 of the tokens to come, which is what tokens
-            alone leave out.
-        through_ratio: in the loss, the estimator (k1, k3) times the ratio, both with their
-            gradients: that of KL(pi || ref) at each state, also where the tokens are another
-            policy's, as in later epochs and from a replay buffer (DeepSeek-V3.2, 2025, unbiased KL
-            estimate).
-        target: KL per sequence, in nats, that the coefficient adapts to (policy/control.py says
-            how, and how fast); None keeps it fixed.
+        coef: the coefficient, or its initial value if it adapts; with 0 there is no KL, and no
+            reference is loaded.
+        placement: reward or loss, where the KL is added.
+        estimator: in the loss k1, k2, k3, abs or full; in the reward only k1, since any other drops
+            a term of the gradient. full is the exact KL over the whole vocabulary, and costs one
+            more forward of the reference.
+        level: in the loss, whether the KL is of tokens or (k2) of whole sequences, or future (k2,
+            full). future is the KL of tokens, and also subtracts from the advantage coef times the
+            k1 of the later tokens, the part that token ignores.
+        through_ratio: in the loss, multiply the estimator (k1, k3) by the ratio, with the gradients
+            of both (DeepSeek-V3.2, 2025, unbiased KL estimate). The gradient is then that of
+            KL(pi || ref) at each state, even if another policy drew the tokens, as in later epochs
+            or from a replay buffer.
+        target: KL per sequence, in nats, that the coefficient adapts to (by the rule in
+            policy/control.py); None keeps the coefficient fixed.
         horizon: adapt as Ziegler et al. (2019) do, by at most 0.2 x sequences of a step / horizon;
-            they have 10,000. It has to fit the run: with 64 sequences a step that is 14% in 100
-            steps. None adapts by steps, not by sequences.
-        measure: load the reference and report the KL even where the coefficient is 0.
+            their horizon is 10,000. Choose it to fit the length of the run: 10,000 with 64
+            sequences a step allows 14% in 100 steps. None adapts by steps, not by sequences.
+        measure: load the reference and report the KL even if the coefficient is 0.
     """
 
     coef: float = OF_ALGORITHM
@@ -119,7 +120,7 @@ class KLConfig:
         )
 
     def filled(self, row: Algorithm) -> KLConfig:
-        """Return these options with the algorithm's values where nothing was said."""
+        """Return these options, with the algorithm's values for those that were not set."""
         placement = self.placement or (
             "loss" if self.level != "token" or self.through_ratio else row.kl_placement
         )
@@ -139,17 +140,17 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """The adaptive KL coefficient of the objective ppo_penalty.
+    """Adaptive KL coefficient of the objective ppo_penalty.
 
-    It adapts to the KL from the policy of the rollout to that of the last pass, per token: either
-    between two thresholds, or around a target d: thresholds d / 1.5 and 1.5 d (Schulman et
-    al., 2017, section 4). Above the upper one the coefficient is doubled, below the lower one
-    halved.
+    It adapts to the KL per token from the policy of the rollout to the policy after the last pass.
+    If this KL is above an upper threshold, the coefficient is doubled; below a lower threshold it
+    is halved. The thresholds are set directly, or by a target d as d / 1.5 and 1.5 d (Schulman et
+    al., 2017, section 4).
 
     Args:
-        coef: its initial value.
-        target: nats per token; None: thresholds.
-        kl_min, kl_max: the thresholds, in nats per token, in place of a target.
+        coef: initial value of the coefficient.
+        target: KL in nats per token; None uses the thresholds, or 0.01 if these are not set either.
+        kl_min, kl_max: lower and upper threshold, in nats per token, instead of a target.
     """
 
     coef: float = 1.0
@@ -180,7 +181,7 @@ class PenaltyConfig:
 
     @property
     def thresholds(self) -> tuple[float, float]:
-        """(lower, upper)."""
+        """Lower and upper threshold of the KL."""
         if self.kl_min is not None and self.kl_max is not None:
             return self.kl_min, self.kl_max
         target = 0.01 if self.target is None else self.target
@@ -189,27 +190,28 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The critic: a value head on the policy's trunk, or another decoder with a linear head.
+    """Critic: a value head on the policy's trunk, or a separate model, a decoder with a linear
+    head.
 
-    The latter takes the memory of a second model.
+    A separate critic takes as much memory as a second model of its size.
 
-    One of its own may be of any size and family that has the policy's vocabulary. It is optimised
-    by itself, so neither its gradients nor their norm reach the policy. InstructGPT and MOSS start
-    it from the reward model. Either kind begins with its bias at the mean return of the first
-    rollout (of a model that has a head already: moved by what it is short of), so that a constant
-    added to the reward changes nothing but that bias.
+    It may be of any size and family that has the policy's vocabulary. It has its own optimizer, so
+    that its gradients and their norm do not affect the policy. InstructGPT and MOSS initialise it
+    from the reward model. Either kind of critic starts with its bias at the mean return of the
+    first rollout; if it already has a trained head, its values are shifted to that mean. A constant
+    added to the reward therefore changes only this bias.
 
     Args:
-        model: trunk, a head of zeros on the policy's trunk, or the one saved beside its weights;
-            for one of its own, where it starts from: policy, a copy of the policy's initial
-            weights; another language model; <run>/critic of an earlier run (the value head beside
-            the weights is read, else one of zeros is made); or a reward model, whose score, at
-            every position, is then the first value.
-        warmup_steps: of `steps`, the first so many rollouts train the critic alone (Zheng et al.,
-            2023, pre-train it so); the policy (and with it the trunk), its learning rate and the
-            adaptive coefficients stand still meanwhile.
-        optim: of a critic of its own, as the policy's; of a head on the trunk while it warms up:
-            afterwards one loss trains both, with the policy's `optim`.
+        model: trunk, or what a separate critic starts from: policy, a language model, a reward
+            model, or <run>/critic of an earlier run. trunk is a head on the policy's trunk: the one
+            saved with the policy's weights, or else one of zeros. policy is a copy of the policy's
+            initial weights. If the directory holds a value head, it is loaded; else one of zeros is
+            made. A reward model's score, at every position, is the initial value.
+        warmup_steps: number of rollouts, the first of `steps`, that train the critic alone (Zheng
+            et al., 2023, pre-train it in this way). Meanwhile the policy (including the trunk), its
+            learning rate and the adaptive coefficients do not change.
+        optim: optimizer of a separate critic, or of a head on the trunk during its warm-up. After
+            the warm-up one loss trains head and policy, with the policy's `optim`.
     """
 
     model: str = "trunk"
@@ -227,28 +229,31 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class TRPOConfig:
-    """The step of the objective trpo: along the natural gradient, as far as a KL allows.
+    """Step of the objective trpo: along the natural gradient, as far as a bound on the KL allows.
 
-    The values are those of Schulman et al. (2015), and Spinning Up's for the line search. The
-    policy has no learning rate: optim is the value head's alone, on the value loss without
-    loss.value_coef, and epochs are its passes. In float32.
+    The defaults are those of Schulman et al. (2015), and for the line search those of Spinning Up.
+    The policy has no learning rate. optim and epochs apply to the value head only, which is trained
+    on the value loss without loss.value_coef. Everything is computed in float32.
 
     Args:
         max_kl: bound on KL(old || new), in nats per token, a mean over the tokens of the rollout,
             over the whole vocabulary.
-        cg_iterations: of conjugate gradient, each a product with the Fisher matrix.
-        damping: added to the Fisher matrix's diagonal. Where it outweighs the curvature the step is
-            that of plain gradient descent: smaller is nearer to the natural gradient, and takes
-            more iterations: where trpo/cg_residual stays above 1, they were too few.
-        fisher_fraction: of a rollout's completions, those whose states the Fisher matrix of these
-            products is of. The length of the step and the bound are of all of them.
-        backtracks: how often, at most, the step is shortened; if none of the lengths keeps the
-            bound and improves, the weights stay as they are.
-        backtrack_ratio: what it is shortened by.
-        accept_ratio: of the improvement that the gradient promises, the least to accept.
-        schedule: of the bound's root, the length of a step: constant, or linear to zero at the last
-            step. With the KL to the reference in the reward steps of constant length end up
-            circling the optimum.
+        cg_iterations: iterations of conjugate gradient, each with one product with the Fisher
+            matrix.
+        damping: added to the Fisher matrix's diagonal. If it is larger than the curvature, the step
+            is that of plain gradient descent. A smaller number is nearer to the natural gradient
+            and needs more iterations: if trpo/cg_residual stays above 1, cg_iterations is too
+            small.
+        fisher_fraction: share of a rollout's completions used for the Fisher matrix of these
+            products. The length of the step and the bound use all completions.
+        backtracks: how often, at most, the step is shortened. If no length both keeps the bound and
+            improves the objective, the weights stay unchanged.
+        backtrack_ratio: factor that each backtrack multiplies the step's length by.
+        accept_ratio: smallest improvement to accept, as a share of the improvement that the
+            gradient predicts.
+        schedule: schedule of the square root of max_kl (the length of a step): constant, or linear
+            to zero at the last step. If the KL to the reference is in the reward, steps of constant
+            length end up circling the optimum.
     """
 
     max_kl: float = 0.01
@@ -274,7 +279,7 @@ class TRPOConfig:
         )
 
     def at(self, step: int, total: int) -> TRPOConfig:
-        """Return these options with the bound of step `step` (from 0) of `total`."""
+        """Return these options, with the bound that applies at step `step` (from 0) of `total`."""
         return (
             self
             if self.schedule == "constant"
@@ -284,20 +289,21 @@ class TRPOConfig:
 
 @dataclass(frozen=True)
 class PtxConfig:
-    """Pretraining in every optimizer step of the policy, against forgetting: PPO-ptx.
+    """Pretraining loss in every optimizer step of the policy, against forgetting (PPO-ptx).
 
-    The loss gains coef times the mean cross-entropy of a draw of texts (Ouyang et al., 2022, eq.
-    2).
+    The policy's loss is increased by coef times the mean cross-entropy of randomly drawn texts
+    (Ouyang et al., 2022, eq. 2).
 
     Args:
-        data: as of sft: JSONL with {"text"}, which is learned whole, {"prompt", "completion"}, ...;
-            several files mix by weight.
-        coef: in nats of the loss per nat of a token; 0 is none. InstructGPT's 27.8 stands beside a
-            policy loss of its own scale; watch loss/ptx.
-        sequences_per_step: texts of one optimizer step, of which a rollout has epochs x minibatches
-            (trpo: one).
-        max_length: longer texts are dropped and counted; None is the model's own limit.
-        learn_prompts: where rows have a prompt, learn it as well.
+        data: files as for sft: JSONL with {"text"}, which is learned whole, {"prompt",
+            "completion"}, ...; several files are mixed by weight.
+        coef: weight of the cross-entropy (nats per token) in the loss; 0 adds nothing.
+            InstructGPT's 27.8 belongs to a policy loss of a different scale; watch loss/ptx.
+        sequences_per_step: texts of one optimizer step. A rollout has epochs x minibatches such
+            steps (trpo: one).
+        max_length: largest number of tokens of a text; longer ones are dropped and counted. None
+            takes the model's own limit.
+        learn_prompts: if rows have a prompt, learn the prompt as well.
     """
 
     data: str = ""

@@ -1,4 +1,4 @@
-"""Policy optimisation: advantage and loss, and the run itself."""
+"""Options of policy optimisation: advantage and loss, and the run itself."""
 
 from __future__ import annotations
 
@@ -28,38 +28,40 @@ _AGGREGATIONS = (
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Advantage and loss.
+    """Options of the advantage and the loss.
 
-    Defaults of PPO: Ziegler et al. (2019) and Stiennon et al. (2020), as re-implemented by Huang et
-    al. (2024). Fields without a default here take the algorithm's (algorithms.py), and the bounds
-    of a ratio those of the objective (kernels/objective.py).
+    The defaults of PPO are those of Ziegler et al. (2019) and Stiennon et al. (2020), as
+    re-implemented by Huang et al. (2024). Fields without a default here take that of the algorithm,
+    and the bounds of a ratio take that of the objective (both in algorithms.py).
 
     Args:
-        advantage: in place of the algorithm's: a name, or module.function.
-        objective: in place of the algorithm's: a name, or module.function.
+        advantage: name or module.function of an advantage, to replace the algorithm's.
+        objective: name or module.function of an objective, to replace the algorithm's.
         gamma: discount per token.
         lam: lambda of GAE.
-        k: of k-step advantages, the steps ahead.
-        discount_states: weigh the advantage of token t by gamma^t, as in Sutton and Barto's
-            REINFORCE; nobody does for language models.
-        whiten: advantages to mean 0 and variance 1 (population) over the whole batch of a step.
-        advantage_clip: advantages are then clipped to +- this; 0 leaves them.
+        k: number of steps ahead in k-step advantages.
+        discount_states: multiply the advantage of token t by gamma^t, as in Sutton and Barto's
+            REINFORCE; this is not usual for language models.
+        whiten: scale advantages to mean 0 and variance 1 (population) over the whole batch of a
+            step.
+        advantage_clip: clip advantages, after whitening, to +- this; 0 does not clip.
         clip_low: the ratio is clipped below at 1 - clip_low.
         clip_high: the ratio is clipped above at 1 + clip_high.
-        dual_clip: bound on ratio x |A| for negative advantages; None is off.
-        clip_max: of cispo, the cap on the ratio.
-        tau_positive: of sapo, the temperature of the gate where A > 0.
-        tau_negative: of sapo, the temperature of the gate where A < 0.
-        beta: of dro, the weight of the square; of ppo_penalty, a fixed coefficient in place of the
-            adaptive one.
+        dual_clip: bound on the ratio for negative advantages, so that the loss is at most dual_clip
+            x |A|; None is off.
+        clip_max: with cispo, the cap on the ratio.
+        tau_positive: with sapo, the temperature of the gate for A > 0.
+        tau_negative: with sapo, the temperature of the gate for A < 0.
+        beta: with dro, the weight of the squared term; with ppo_penalty, a fixed coefficient
+            instead of the adaptive one.
         value_clip: values move at most this far from the old ones; None is off.
-        value_coef: weight of the value loss. A critic of its own has gradients of its own, so that
-            there the weight acts through epsilon and clip alone.
+        value_coef: weight of the value loss. A separate critic has gradients of its own, which the
+            weight only scales; there it matters only through Adam's epsilon and gradient clipping.
         entropy_coef: weight of the entropy bonus.
-        entropy_target: in place of the bonus, entropy_coef |H - entropy_target|, H the mean entropy
-            of the rollout's tokens in nats, is minimised (Zheng et al., 2023): below the target
-            entropy is a bonus, above it a cost. A target above log(vocabulary), such as their 35,
-            is a bonus always.
+        entropy_target: minimise entropy_coef |H - entropy_target| instead of adding the bonus
+            (Zheng et al., 2023). H is the mean entropy of the rollout's tokens in nats. Below the
+            target, entropy is rewarded; above it, penalised. A target above log(vocabulary), such
+            as their 35, always rewards entropy.
         aggregation: how token losses become one number.
     """
 
@@ -114,8 +116,8 @@ class LossConfig:
         )
 
     def filled(self, row: Algorithm) -> LossConfig:
-        """Return these options with the values of the algorithm, and of its objective, where
-        nothing was said."""
+        """Return these options, with the values of the algorithm and of its objective for those
+        that were not set."""
         usual = OBJECTIVES.get(self.objective or row.objective, ("", {}))[1]
         bounds = {name: either(getattr(self, name), usual.get(name)) for name in BOUNDS}
         return replace(
@@ -132,46 +134,48 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
     """Policy optimisation by any of the ALGORITHMS.
 
     By default it is PPO with a value head on the policy's trunk and the KL inside the reward.
-    Fields without a default here take it from the algorithm's row when the object is made. To
-    change the algorithm, make a new object: `dataclasses.replace` keeps the old one's numbers.
+    Fields without a default here take that of the algorithm (algorithms.py) when the object is
+    made. To change the algorithm, make a new object: `dataclasses.replace` keeps the numbers of the
+    old algorithm.
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.
-        data: JSONL file (.gz too) with a "prompt" column, or preference pairs, whose common prefix
-            is the prompt.
-        algorithm: ppo, grpo, rloo, ...: a row of algorithms.py.
-        monitor_reward: rewards that are measured at every step and never trained on, as
+        data: JSONL file (.gz too) with a "prompt" field in each row, or preference pairs, whose
+            common prefix is the prompt.
+        algorithm: name of an algorithm in algorithms.py: ppo, grpo, rloo, ...
+        monitor_reward: rewards that are measured at every step but never trained on; reported as
             gold/<name>/mean.
-        steps: rollouts, each followed by epochs x minibatches optimizer steps (trpo: by one step of
-            the policy and epochs of its values).
+        steps: number of rollouts, each followed by epochs x minibatches optimizer steps (trpo: by
+            one step of the policy and `epochs` passes that train its values).
         minibatches: optimizer steps of one pass; by default the algorithm's, but no more than
             prompts_per_step.
         scale_scores: subtract the mean of the first rollout's scores, then divide by the standard
             deviation (over count - 1) of all scores of the run so far (Zheng et al., 2023,
-            PPO-max). The subtraction moves no optimum; the division is the same as a KL coefficient
-            that is multiplied by the deviation.
-        normalize_scores: the same, but subtract the mean of all scores of the run so far.
-        score_clip: clip scores to +- this, after scale_scores or normalize_scores; 0 leaves them.
-            Without these two the reward's own numbers are clipped: if all of them are beyond the
-            bound, nothing is learned from them. score_clip_fraction is the share that was clipped.
-        overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to
-            its whole; 0 is off.
-        overlong_penalty: subtracted from the score of a completion of max_new_tokens.
+            PPO-max). The subtraction does not change the optimal policy; the division has the
+            effect of multiplying the KL coefficient by the deviation.
+        normalize_scores: as scale_scores, but subtract the mean of all scores of the run so far.
+        score_clip: clip scores to +- this, after scale_scores or normalize_scores; 0 does not clip.
+            Without these two options the reward's own numbers are clipped: if all of them are
+            beyond the bound, nothing is learned from them. The metric score_clip_fraction is the
+            share that was clipped.
+        overlong_buffer: number of tokens before max_new_tokens over which overlong_penalty rises
+            from 0 to its full value; 0 is off.
+        overlong_penalty: subtracted from the score of a completion that has max_new_tokens tokens.
         refill_tries: dynamic sampling: how often, at most, groups whose scores are all equal are
-            replaced by those of other prompts; 0 keeps them.
-        max_logp_diff: mean absolute difference between sampler and trainer log-probabilities above
-            which the run stops.
-        strict: the trainer's log-probabilities are bitwise the sampler's, at the cost of one more
-            forward in training (float32 and bfloat16).
-        replay: train on earlier rollouts, too; replay.capacity, replay.fraction or replay.max_age
+            replaced by groups of other prompts; 0 keeps them.
+        max_logp_diff: stop the run if the mean absolute difference between the log-probabilities of
+            sampler and trainer is above this.
+        strict: make the trainer's log-probabilities bitwise equal to the sampler's, at the cost of
+            one more forward in training (float32 and bfloat16).
+        replay: also train on earlier rollouts; replay.capacity, replay.fraction or replay.max_age
             turns it on.
-        ptx: learn texts in the same optimizer steps, so that the policy does not forget them;
-            ptx.data turns it on.
-        critic: for algorithms that have one. By default it is a value head on the policy's trunk,
-            trained with the policy by one loss. critic.warmup_steps trains the critic alone at
-            first; critic.model makes it a model of its own, saved in <run>/critic.
-        evaluation: on held-out prompts while training; evaluation.data turns it on.
-        alarm: what is done about signs of reward hacking.
+        ptx: train on given texts in the same optimizer steps, so that the policy does not forget
+            them; ptx.data turns it on.
+        critic: critic of the algorithms that need one. By default it is a value head on the
+            policy's trunk, trained with the policy by one loss. critic.warmup_steps trains the
+            critic alone at first; critic.model makes it a separate model, saved in <run>/critic.
+        evaluation: evaluate on held-out prompts during training; evaluation.data turns it on.
+        alarm: what to do about signs of reward hacking.
     """
 
     model: str
@@ -217,7 +221,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         self._check_objective()
 
     def _fill(self) -> None:
-        """Take the algorithm's values where nothing was said."""
+        """Take the algorithm's values for options that were not set."""
         row = self.row
         steps = max(1, min(row.minibatches, self.prompts_per_step))
         # also in place of a row's own objective
@@ -372,23 +376,23 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     @property
     def row(self) -> Algorithm:
-        """The algorithm's row."""
+        """Entry of the algorithm in ALGORITHMS."""
         return ALGORITHMS[self.algorithm]
 
     @property
     def advantage(self) -> str:
-        """The advantage's name: the loss's own, or the algorithm's."""
+        """Name of the advantage: `loss.advantage` if set, else the algorithm's."""
         return self.loss.advantage or self.row.advantage
 
     @property
     def objective(self) -> str:
-        """The objective's name: the loss's own, or the algorithm's."""
+        """Name of the objective: `loss.objective` if set, else the algorithm's."""
         return self.loss.objective or self.row.objective
 
     @property
     def own_critic(self) -> CriticConfig | None:
-        """The critic that is a model of its own; None where it is a head on the policy's trunk, or
-        there is none."""
+        """Options of the critic if it is a separate model. None if the critic is a head on the
+        policy's trunk, or there is no critic."""
         return None if self.critic is None or self.critic.model == "trunk" else self.critic
 
     @property
@@ -398,8 +402,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     @property
     def idle_bounds(self) -> tuple[str, ...]:
-        """List the options, `name value`, that bound ratios or values and never act here: with one
-        optimizer step a rollout nothing has moved yet."""
+        """List the options (`name value`) that bound ratios or values but have no effect in this
+        run: with one optimizer step per rollout, neither has changed yet."""
         if (
             self.epochs * self.minibatches > 1
             or self.replay is not None
@@ -425,5 +429,5 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether anything is compared with a reference."""
+        """Whether the run needs a reference model."""
         return self.kl.coef > 0 or self.kl.measure

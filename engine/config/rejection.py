@@ -1,4 +1,5 @@
-"""Rejection-sampling fine-tuning: sample many, keep the best, imitate them, again."""
+"""Options of rejection-sampling fine-tuning: sample many completions, keep the best, train on them,
+repeat."""
 
 from __future__ import annotations
 
@@ -12,25 +13,26 @@ class RejectionConfig(StageConfig, SamplingConfig):
     """Rejection-sampling fine-tuning: sample completions, keep the best, train on them as SFT does.
 
     RAFT (Dong et al., 2023); Llama 2 (Touvron et al., 2023, section 3.2.3); RFT (Yuan et al.,
-    2023). The only KL is implicit: the best of n samples are at most log n - (n - 1) / n nats from
-    what they were drawn from.
+    2023). The only bound on the KL is implicit: the distribution of the best of n samples is at
+    most log n - (n - 1) / n nats from the one that they were drawn from.
 
     Args:
         model: directory or id of the policy to train.
-        data: JSONL file (.gz too) with a "prompt" column, or preference pairs, whose common prefix
-            is the prompt.
+        data: JSONL file (.gz too) with a "prompt" field in each row, or preference pairs, whose
+            common prefix is the prompt.
         steps: rounds of sampling, each followed by epochs x minibatches optimizer steps.
         samples_per_prompt: completions of each prompt, from which the best are kept.
-        keep: completions of a prompt that are kept at most, best first; of equal scores the earlier
-            one.
-        min_score: completions of a lower score are not kept; with keep = samples_per_prompt all
-            others are. None keeps by rank alone.
-        epochs: passes over what was kept.
+        keep: largest number of completions of a prompt that are kept, best first; of equal scores
+            the earlier one is kept.
+        min_score: completions with a lower score are not kept. With keep = samples_per_prompt, all
+            with this score or a higher one are kept. None keeps by rank alone.
+        epochs: passes over the kept completions.
         minibatches: optimizer steps of one pass.
-        max_invalid_fraction: of a round's rewards (raised, NaN, wrong type); above it the run
-            stops, below it those samples are left out.
-        generation: how completions are drawn; top_k, top_p and min_p are as good here as none. What
-            is trained is the model at temperature 1.
+        max_invalid_fraction: largest share of a round's samples whose reward may be invalid (it
+            raised, is NaN or of a wrong type). Above this share the run stops; up to it the invalid
+            samples are left out.
+        generation: how completions are drawn; top_k, top_p and min_p may be used without harm. The
+            model is trained at temperature 1.
     """
 
     model: str

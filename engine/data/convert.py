@@ -1,7 +1,7 @@
-"""Rows of each format as records: the functions that the table in formats.py names.
+"""Conversion of rows of each format to records: the functions that the table in formats.py names.
 
-A function raises BadRow where the row is not what its format says, and Dropped where the row is
-well formed and holds nothing to learn from.
+A function raises BadRow if the row does not fit its format, and Dropped if the row is well formed
+but holds nothing to learn from.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class ReadOptions:
     """Choices that some formats leave open.
 
     Args:
-        soft_labels: keep ties (WebGPT) as pairs of label 0.5, for a loss that takes labels;
-            otherwise they are dropped and counted.
-        min_score_ratio: SHP: the votes of the preferred answer over those of the other; below it
-            the label is mostly noise.
-        max_pairs_per_post: SHP: the first so many pairs of a post, or a few posts with many answers
-            are learnt by heart.
-        split: summaries: only rows of this split (train, valid1, valid2); None takes all.
-        count_tokens: tokens of a text; given that, posts of summaries are shortened at a line end
-            until the query has `query_tokens`.
-        query_tokens: the length of such a query.
+        soft_labels: keep ties (WebGPT) as pairs with label 0.5, for a loss that uses labels;
+            otherwise ties are dropped and counted.
+        min_score_ratio: SHP: smallest ratio of the preferred answer's votes to the other answer's;
+            below it the label is mostly noise.
+        max_pairs_per_post: SHP: use at most this many pairs of a post, the first ones. Otherwise a
+            few posts with many answers are memorised.
+        split: summaries: use only rows of this split (train, valid1, valid2); None uses all.
+        count_tokens: function that returns the number of tokens of a text. If given, posts to be
+            summarised are cut at a line end so that the query has at most `query_tokens` tokens.
+        query_tokens: largest number of tokens of such a query.
     """
 
     soft_labels: bool = False
@@ -55,7 +55,7 @@ class ReadOptions:
 
 @dataclass
 class Reading:
-    """One pass over one file: its options, its template, and what has been seen."""
+    """State of one pass over one file: options, template, and counts of what has been read."""
 
     options: ReadOptions
     template: Template
@@ -64,7 +64,7 @@ class Reading:
 
 # ---- shared by formats ---------------------------------------------------------------------------
 def prompt_example(prompt: Prompt, row: Row, *used: str, **extra: Any) -> PromptExample:
-    """A prompt with the row's columns, but for those in `used`."""
+    """Return a prompt with the row's other columns, except those in `used`."""
     columns = {name: value for name, value in row.items() if name not in used}
     if not isinstance(prompt, str) and "tools" in columns:
         columns["tools"] = get.tools(row)
@@ -74,23 +74,25 @@ def prompt_example(prompt: Prompt, row: Row, *used: str, **extra: Any) -> Prompt
 def prompts(
     of: Callable[[Row, Reading], Prompt], *used: str
 ) -> Callable[[Row, Reading], PromptExample]:
-    """The reader of prompts that `of` finds; `used` are the columns that do not travel on."""
+    """Make a reader of prompts: `of` finds the prompt of a row; columns in `used` are left out of
+    the record."""
     return lambda row, reading: prompt_example(of(row, reading), row, *used)
 
 
 def asked(row: Row, name: str, reading: Reading) -> Prompt:
-    """The column as a question, through the template."""
+    """Return the prompt that the template makes of this column as the question."""
     return reading.template.render(get.text(row, name), "")
 
 
 def question(name: str) -> Callable[[Row, Reading], Prompt]:
-    """The column as a question, through the template."""
+    """Make a function that returns the prompt which the template makes of this column as the
+    question."""
     return lambda row, reading: asked(row, name, reading)
 
 
 def given(row: Row, reading: Reading) -> Prompt:
-    """The "prompt" column: messages as they are, a text through the template (which changes nothing
-    unless one was named)."""
+    """Return the "prompt" column: messages unchanged, a text as the template renders it (unchanged
+    unless a template was named)."""
     prompt = get.text_or_messages(row, "prompt")
     return reading.template.render(prompt, "") if isinstance(prompt, str) else prompt
 
@@ -105,7 +107,7 @@ def _tools(row: Row, prompt: Prompt) -> dict[str, Any]:
 
 
 def demonstrated(prompt: Prompt, completion: str, **extra: Any) -> Demonstration:
-    """The demonstration, or Dropped where the completion is blank."""
+    """Return the demonstration; raise Dropped if the completion is blank."""
     if not completion.strip():
         raise Dropped("the completion is empty")
     return Demonstration(prompt, completion, **extra)
@@ -121,12 +123,12 @@ def _pair(prompt: Prompt, chosen: str, rejected: str, **extra: Any) -> PairExamp
 
 # ---- preferences: {"prompt"?, "chosen", "rejected"} ----------------------------------------------
 def _margin(row: Row) -> dict[str, float]:
-    """The optional column "margin" of a pair."""
+    """Return the column "margin" of a pair, if there is one."""
     return {} if row.get("margin") is None else {"margin": get.number(row, "margin")}
 
 
 def explicit_pair(row: Row, reading: Reading) -> PairExample:
-    """A pair whose prompt has a column of its own."""
+    """Return a pair from a row whose prompt has a column of its own."""
     prompt = given(row, reading)
     return _pair(
         prompt,
@@ -138,8 +140,8 @@ def explicit_pair(row: Row, reading: Reading) -> PairExample:
 
 
 def implicit_pair(row: Row, reading: Reading) -> PairExample:
-    """A pair of two whole texts or conversations: the prompt is what they begin with, and
-    must be the same in both."""
+    """Return a pair from two whole texts or conversations. The prompt is their beginning, and must
+    be the same in both."""
     prompt, chosen = get.split(row, "chosen")
     other, rejected = get.split(row, "rejected")
     if prompt != other:
@@ -148,21 +150,21 @@ def implicit_pair(row: Row, reading: Reading) -> PairExample:
 
 
 def explicit_chosen(row: Row, reading: Reading) -> Demonstration:
-    """The better answer of a pair as a demonstration; the prompt has a column of its own."""
+    """Return the better answer of a pair as a demonstration; the prompt has a column of its own."""
     prompt = given(row, reading)
     return demonstrated(prompt, _answer(row, "chosen", reading), **_tools(row, prompt))
 
 
 def implicit_chosen(row: Row, reading: Reading) -> Demonstration:
-    """The better one of two whole conversations as a demonstration."""
+    """Return the better one of two whole conversations as a demonstration."""
     prompt, chosen = get.split(row, "chosen")
     return demonstrated(prompt, chosen, **_tools(row, prompt))
 
 
 # ---- comparisons with a schema of their own ------------------------------------------------------
 def red_team_prompt(row: Row, reading: Reading) -> PromptExample:
-    """The attacker's first turn; the rest of the transcript is what another model was led to
-    say."""
+    """Return the attacker's first turn as a prompt. The rest of the transcript is not used: another
+    model wrote its answers."""
     transcript = get.text(row, "transcript")
     end = transcript.find(ASSISTANT)
     if end < 0:
@@ -172,8 +174,8 @@ def red_team_prompt(row: Row, reading: Reading) -> PromptExample:
 
 
 def shp_pair(row: Row, reading: Reading) -> PairExample:
-    """A pair of the Stanford Human Preferences: ratios below `min_score_ratio` and pairs beyond
-    `max_pairs_per_post` of a post are dropped."""
+    """Return a pair of the Stanford Human Preferences. Raise Dropped if its ratio of votes is below
+    `min_score_ratio`, or its post already has `max_pairs_per_post` pairs."""
     first_is_better = get.one_of(row, "labels", 0, 1) == 1
     answers = [
         reading.template.answer(get.text(row, name)) for name in ("human_ref_A", "human_ref_B")
@@ -190,7 +192,8 @@ def shp_pair(row: Row, reading: Reading) -> PairExample:
 
 
 def webgpt_pair(row: Row, reading: Reading) -> PairExample:
-    """A pair of WebGPT's comparisons; a tie is dropped, or with `soft_labels` has label 0.5."""
+    """Return a pair of WebGPT's comparisons. A tie is dropped, or with `soft_labels` gets the label
+    0.5."""
     prompt = asked(row, "question.full_text", reading)
     answers = [reading.template.answer(get.text(row, name)) for name in ("answer_0", "answer_1")]
     scores = get.number(row, "score_0"), get.number(row, "score_1")
@@ -204,8 +207,8 @@ def webgpt_pair(row: Row, reading: Reading) -> PairExample:
 
 # ---- summaries -----------------------------------------------------------------------------------
 def summary_query(row: Row, reading: Reading, at: str = "") -> str:
-    """The query for a summary of a post, cut as in TL;DR, or of an article; `at` is the path of its
-    columns."""
+    """Return the query for a summary of a post (shortened as in TL;DR) or of an article. `at` is
+    the path of the columns within the row."""
     if at and not isinstance(row["info"], dict):
         raise get.wrong("info", "an object", row["info"])
     if at and "article" in row["info"]:
@@ -229,22 +232,22 @@ def _in_split(row: Row, reading: Reading) -> None:
 
 
 def spaced(text: str) -> str:
-    """The text with one space before it, unless it begins with one."""
+    """Return the text with one space before it, unless it begins with one."""
     return text if text[:1].isspace() else f" {text}"
 
 
 def in_info(row: Row, reading: Reading) -> Prompt:
-    """The query for a summary of the post or article in "info"."""
+    """Return the query for a summary of the post or article in "info"."""
     return summary_query(row, reading, "info.")
 
 
 def tldr_demonstration(row: Row, reading: Reading) -> Demonstration:
-    """A post and its author's summary."""
+    """Return a demonstration of a post and its author's summary."""
     return demonstrated(summary_query(row, reading), spaced(get.text(row, "summary")))
 
 
 def comparison(row: Row, reading: Reading) -> PairExample:
-    """Two summaries of a post or article, and which one was chosen."""
+    """Return a pair of two summaries of a post or article, of which one was chosen."""
     _in_split(row, reading)
     better = get.one_of(row, "choice", 0, 1)
     summaries = row["summaries"]
@@ -259,7 +262,7 @@ def comparison(row: Row, reading: Reading) -> PairExample:
 
 
 def axes(row: Row, reading: Reading) -> ScoredExample:
-    """A summary with its scores on each axis that was judged."""
+    """Return a summary with its scores on each axis that was judged."""
     _in_split(row, reading)
     axes = get.column(row, "summary.axes")
     if not isinstance(axes, dict):
@@ -272,10 +275,10 @@ def axes(row: Row, reading: Reading) -> ScoredExample:
 
 # ---- questions -----------------------------------------------------------------------------------
 def gold_number(answer: str) -> str:
-    """Return the text behind the last "####" of a GSM8K answer, without commas.
+    """Return the text after the last "####" of a GSM8K answer, without commas.
 
     Raises:
-        ValueError: nothing stands there.
+        ValueError: there is no "####", or no text after it.
     """
     _, mark, number = answer.rpartition("####")
     number = number.strip().replace(",", "")
@@ -285,7 +288,7 @@ def gold_number(answer: str) -> str:
 
 
 def gold(row: Row) -> str:
-    """The number that a GSM8K answer ends with; BadRow where it does not."""
+    """Return the number at the end of a GSM8K answer; raise BadRow if there is none."""
     try:
         return gold_number(get.text(row, "answer"))
     except ValueError as error:
@@ -295,12 +298,12 @@ def gold(row: Row) -> str:
 
 
 def gsm8k_prompt(row: Row, reading: Reading) -> PromptExample:
-    """The question, and with its other columns "gold", the number to be found."""
+    """Return the question as a prompt. The column "gold" is added: the number to be found."""
     return prompt_example(asked(row, "question", reading), row, gold=gold(row))
 
 
 def gsm8k_demonstration(row: Row, reading: Reading) -> Demonstration:
-    """The question and its solution."""
+    """Return a demonstration of the question and its solution."""
     gold(row)
     return demonstrated(
         asked(row, "question", reading), reading.template.answer(get.text(row, "answer"))
@@ -315,8 +318,8 @@ def _shots(row: Row) -> list[tuple[str, str]]:
 
 
 def instruction_prompt(row: Row, reading: Reading) -> Prompt:
-    """An instruction and its input; with solved examples ("shots") the instruction stands first,
-    and the input is the question."""
+    """Return a prompt of an instruction and its input. If the row has solved examples ("shots"),
+    the instruction comes first, then the examples, and the input is the question."""
     instruction, context, shots = (
         get.text(row, "instruction"),
         get.optional_text(row, "input"),
@@ -328,7 +331,8 @@ def instruction_prompt(row: Row, reading: Reading) -> Prompt:
 
 
 def _style(row: Row, reading: Reading) -> Template:
-    """Solved examples are questions and answers, unless they are turns of a chat."""
+    """Return the template for a row: solved examples are written as questions and answers, or as
+    turns if the template is that of a chat."""
     return (
         TEMPLATES["qa"]
         if row.get("shots") and reading.template is not TEMPLATES["chat"]
@@ -337,7 +341,8 @@ def _style(row: Row, reading: Reading) -> Template:
 
 
 def instructed(row: Row, reading: Reading) -> Demonstration:
-    """A chain of thought ("cot") comes before the output."""
+    """Return a demonstration of an instruction; a chain of thought ("cot") comes before the
+    output."""
     thought = get.optional_text(row, "cot")
     output = get.text(row, "output")
     answer = f"{thought}\n{output}" if thought and output else output
@@ -346,13 +351,14 @@ def instructed(row: Row, reading: Reading) -> Demonstration:
 
 # ---- TRL's others, and ours ----------------------------------------------------------------------
 def completed(row: Row, reading: Reading) -> Demonstration:
-    """A prompt and its completion."""
+    """Return a demonstration of a prompt and its completion."""
     prompt = given(row, reading)
     return demonstrated(prompt, _answer(row, "completion", reading), **_tools(row, prompt))
 
 
 def desirable(row: Row, reading: Reading) -> Demonstration:
-    """The completion of a row that is labelled as wanted; others are Dropped."""
+    """Return the completion of a row as a demonstration; raise Dropped unless it is labelled as
+    wanted."""
     if not _label(row):
         raise Dropped("the answer is labelled as not wanted")
     return completed(row, reading)
@@ -365,7 +371,7 @@ def _label(row: Row) -> bool:
 
 
 def unpaired(row: Row, reading: Reading) -> UnpairedExample:
-    """A completion with its label, as KTO takes it."""
+    """Return a completion with its label, for KTO."""
     label, prompt, completion = (
         _label(row),
         given(row, reading),
@@ -377,7 +383,7 @@ def unpaired(row: Row, reading: Reading) -> UnpairedExample:
 
 
 def steps(row: Row, reading: Reading) -> StepExample:
-    """A solution in steps, each labelled right or wrong."""
+    """Return a solution in steps, each labelled right or wrong."""
     steps, labels = (
         get.many(row, "completions", str, "string"),
         get.many(row, "labels", bool, "boolean"),
@@ -392,7 +398,7 @@ def steps(row: Row, reading: Reading) -> StepExample:
 
 
 def ranked(row: Row, reading: Reading) -> RankedExample:
-    """Several answers with their ranks; blank ones are left out."""
+    """Return several answers with their ranks; blank answers are left out."""
     if not isinstance(row["completions"], list):
         raise get.wrong("completions", "a list of answers", row["completions"])
     answers = [
@@ -416,7 +422,7 @@ def ranked(row: Row, reading: Reading) -> RankedExample:
 
 
 def expanded(row: Row, reading: Reading) -> list[PairExample]:
-    """All pairs that are no tie, of weight 1 together."""
+    """Return all pairs of a ranked list that are not ties; their weights sum to 1."""
     example = ranked(row, reading)
     pairs = [(example.completions[i], example.completions[j]) for i, j in example.pairs()]
     pairs = [(better, worse) for better, worse in pairs if better.strip() != worse.strip()]
@@ -429,29 +435,30 @@ def expanded(row: Row, reading: Reading) -> list[PairExample]:
 
 
 def implicit_prompt(row: Row, reading: Reading) -> Prompt:
-    """The prompt that the better and the worse conversation begin with."""
+    """Return the prompt that both the better and the worse conversation begin with."""
     return get.common_prompt(row)
 
 
 def dialogues(name: str) -> Callable[[Row, Reading], Dialogue]:
-    """The reader of whole conversations in a column."""
+    """Make a reader of whole conversations in a column."""
     return lambda row, reading: whole_dialogue(conversation(row, name), row)
 
 
 def plain_text(row: Row, reading: Reading) -> Demonstration:
-    """A text that is learned as a whole, after no prompt."""
+    """Return a text that is learned as a whole, without a prompt."""
     return demonstrated("", get.text(row, "text"))
 
 
 def conversation(row: Row, name: str) -> Messages:
-    """The messages of a column."""
+    """Return the messages of a column."""
     if not isinstance(row[name], list):
         raise get.wrong(name, "a list of messages", row[name])
     return get.messages(row, name)
 
 
 def open_prompt(name: str) -> Callable[[Row, Reading], PromptExample]:
-    """A conversation without its last turn, if that is the assistant's."""
+    """Make a function that returns a conversation without its last turn if that turn is the
+    assistant's."""
 
     def read(row: Row, reading: Reading) -> PromptExample:
         found = conversation(row, name)
@@ -464,8 +471,8 @@ def open_prompt(name: str) -> Callable[[Row, Reading], PromptExample]:
 
 
 def last_answer(name: str) -> Callable[[Row, Reading], Demonstration]:
-    """Make a reader of conversations: the last answer is the completion, all before it the
-    prompt."""
+    """Make a reader of conversations: the last answer is the completion, and everything before it
+    is the prompt."""
 
     def read(row: Row, reading: Reading) -> Demonstration:
         conversation(row, name)
@@ -476,14 +483,14 @@ def last_answer(name: str) -> Callable[[Row, Reading], Demonstration]:
 
 
 def whole_dialogue(messages: Messages, row: Row) -> Dialogue:
-    """A dialogue with its tools; Dropped where the assistant says nothing."""
+    """Return a dialogue with its tools; raise Dropped if the assistant says nothing."""
     if not any(message["role"] == "assistant" for message in messages):
         raise Dropped("the assistant says nothing")
     return Dialogue(messages, get.tools(row))
 
 
 def completed_dialogue(row: Row, reading: Reading) -> Dialogue:
-    """The dialogue of a prompt and a completion that are both messages."""
+    """Return the dialogue of a prompt and a completion that are both messages."""
     prompt, completion = given(row, reading), row["completion"]
     if isinstance(prompt, str) or not isinstance(completion, list):
         raise BadRow('expected "prompt" and "completion" to be lists of messages for a dialogue')

@@ -1,4 +1,5 @@
-"""Columns of a row as what they should be; BadRow says what was expected and what came."""
+"""Access to columns of a row by type. BadRow is raised if a column is missing or of another type;
+it says what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ from fusedrl.engine.data.templates import ASSISTANT
 
 
 def missing(row: Row, expected: str) -> BadRow:
-    """The error of a column that is not there, with those that are."""
+    """Return the error for a missing column; it lists the columns that exist."""
     return BadRow(f"missing column {expected}; found {', '.join(map(repr, row)) or 'none'}")
 
 
 def wrong(name: str, expected: str, value: object) -> BadRow:
-    """The error of a column of another type than expected."""
+    """Return the error for a column of an unexpected type."""
     return BadRow(f'expected "{name}" to be {expected}, got {type_name(value)}')
 
 
 def column(row: Row, name: str) -> Any:
-    """Return the value of a row at `name`, or at a path with dots."""
+    """Return the value of a row's column `name`; dots in the name lead into nested objects."""
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, dict):
@@ -33,7 +34,7 @@ def column(row: Row, name: str) -> Any:
 
 
 def text(row: Row, name: str) -> str:
-    """The column as a string."""
+    """Return the column as a string."""
     value = column(row, name)
     if not isinstance(value, str):
         raise wrong(name, "a string", value)
@@ -41,12 +42,12 @@ def text(row: Row, name: str) -> str:
 
 
 def optional_text(row: Row, name: str) -> str:
-    """The column as a string; empty where it is missing or null."""
+    """Return the column as a string; an empty one if it is missing or null."""
     return "" if row.get(name) is None else text(row, name)
 
 
 def number(row: Row, name: str) -> float:
-    """The column as a float; true and false are no numbers."""
+    """Return the column as a float; true and false are not numbers."""
     value = column(row, name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong(name, "a number", value)
@@ -54,7 +55,7 @@ def number(row: Row, name: str) -> float:
 
 
 def one_of(row: Row, name: str, *known: int) -> int:
-    """The column as one of the whole numbers that are known."""
+    """Return the column as one of the whole numbers in `known`."""
     value = column(row, name)
     if isinstance(value, bool) or value not in known:
         raise BadRow(f'expected "{name}" to be {" or ".join(map(str, known))}, got {value!r:.80}')
@@ -62,7 +63,7 @@ def one_of(row: Row, name: str, *known: int) -> int:
 
 
 def many(row: Row, name: str, kind: type, what: str) -> tuple[Any, ...]:
-    """A list of values of one type."""
+    """Return the column as a list of values of one type."""
     values = column(row, name)
     if not isinstance(values, list):
         raise wrong(name, f"a list of {what}s", values)
@@ -74,7 +75,8 @@ def many(row: Row, name: str, kind: type, what: str) -> tuple[Any, ...]:
 
 # ---- messages ------------------------------------------------------------------------------------
 def messages(row: Row, name: str) -> Messages:
-    """The column as messages; strings that take turns, the user first, become messages."""
+    """Return the column as messages. A list of strings becomes messages of user and assistant in
+    turn, the user first."""
     found = row[name]
     if not found:
         raise BadRow(f'"{name}" is an empty list of messages')
@@ -102,7 +104,7 @@ def messages(row: Row, name: str) -> Messages:
 
 
 def text_or_messages(row: Row, name: str) -> Prompt:
-    """The column as a string, or as messages."""
+    """Return the column as a string, or as messages."""
     value = column(row, name)
     if isinstance(value, list):
         return messages(row, name)
@@ -112,7 +114,7 @@ def text_or_messages(row: Row, name: str) -> Prompt:
 
 
 def content(message: dict[str, Any], name: str) -> str:
-    """The text of an answer; BadRow where it is a call of a tool and has none."""
+    """Return the text of an answer; raise BadRow if it has none because it calls a tool."""
     if message.get("content") is None:
         raise BadRow(
             f'the answer in "{name}" is a call of a tool, which has no text; read the file as '
@@ -122,7 +124,7 @@ def content(message: dict[str, Any], name: str) -> str:
 
 
 def answer(row: Row, name: str) -> str:
-    """A text, or the one message of the assistant."""
+    """Return an answer: a text, or the content of the assistant's only message."""
     if not isinstance(column(row, name), list):
         return text(row, name)
     found = messages(row, name)
@@ -135,7 +137,8 @@ def answer(row: Row, name: str) -> str:
 
 
 def split(row: Row, name: str) -> tuple[Prompt, str]:
-    """A whole dialogue as what comes before its last answer, and that answer."""
+    """Return a whole dialogue in two parts: all messages before the last answer, and that
+    answer."""
     if isinstance(column(row, name), list):
         found = messages(row, name)
         if found[-1]["role"] != "assistant" or len(found) < 2:
@@ -156,7 +159,7 @@ def split(row: Row, name: str) -> tuple[Prompt, str]:
 
 
 def common_prompt(row: Row) -> Prompt:
-    """Return the beginning that both dialogues share, through the last place where the assistant is
+    """Return the beginning that both dialogues share, up to the last place where the assistant is
     to speak."""
     if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
         pair = messages(row, "chosen"), messages(row, "rejected")
@@ -186,7 +189,8 @@ def common_prompt(row: Row) -> Prompt:
 
 
 def tools(row: Row) -> Tools | None:
-    """The "tools" column, a list of JSON schemas or such a list as a string; None without one."""
+    """Return the "tools" column, a list of JSON schemas or such a list as a string; None if there
+    is none."""
     value = row.get("tools")
     if isinstance(value, str):
         try:

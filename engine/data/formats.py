@@ -1,9 +1,9 @@
-"""The formats of data files: which columns each has, and what its rows become. One table,
+"""Formats of data files: the columns of each, and the records that its rows become. The table is
 `FORMATS`.
 
 A format is recognised by the columns of a file's first rows (`detect`), or named by hand
-(`shp:FILE`). From then on every row of the file has to be of it: a row that lacks a column is a bad
-line, and never slips into a simpler format.
+(`shp:FILE`). From then on every row of the file must have this format: a row that lacks a column is
+a bad line, and is never read as a simpler format.
 
 Sources  HH-RLHF and its red-team file: Bai et al. (2022), Ganguli et al. (2022). SHP: Ethayarajh et
          al. (2022). WebGPT comparisons: Nakano et al. (2021). Summaries: Stiennon et al. (2020).
@@ -38,17 +38,18 @@ from fusedrl.engine.data.templates import Template, template
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """One format of data files.
 
     Args:
-        name: as in `name:FILE`.
-        columns: that every row has.
+        name: name of the format, as in `name:FILE`.
+        columns: columns that every row has.
         reads: record type -> reader of a row.
-        refuses: record type -> why not.
-        without: columns that no row has.
-        fits: tells it, by the values, from another format of the same columns.
-        template: the default prompt template; None where prompts come whole.
-        caveat: said when demonstrations are read.
+        refuses: record type -> reason why the format does not hold such records.
+        without: columns that no row may have.
+        fits: function that tells, by the values of a row, this format from another one with the
+            same columns.
+        template: default prompt template; None if the rows hold complete prompts.
+        caveat: warning to give when demonstrations are read.
     """
 
     name: str
@@ -233,7 +234,8 @@ FORMATS = {entry.name: entry for entry in _TABLE}
 
 # ---- which one a file has ------------------------------------------------------------------------
 def named(name: str) -> Format:
-    """The format of that name. Raises DataError with the nearest there is."""
+    """Return the format with this name. Raise DataError if there is none; it names the nearest
+    one."""
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, 1)
         raise DataError(
@@ -245,8 +247,8 @@ def named(name: str) -> Format:
 
 
 def detect(row: Row, kind: type) -> Format | None:
-    """The first format that the row fits and that holds records of this kind; else the first that
-    it fits, so that the refusal can name it."""
+    """Return the first format that fits the row and holds records of this kind. If there is none,
+    return the first that fits, so that the error can name it."""
     fitting = [entry for entry in FORMATS.values() if entry.matches(row)]
     return next(
         (entry for entry in fitting if kind in entry.reads), fitting[0] if fitting else None
@@ -254,7 +256,8 @@ def detect(row: Row, kind: type) -> Format | None:
 
 
 def _nearest(row: Row, kind: type) -> str:
-    """The format of such records that comes nearest to a row's columns, and what it lacks."""
+    """Return the format of such records whose columns are nearest to the row's, and the columns
+    that the row lacks."""
 
     def nearness(entry: Format) -> float:
         return sum(
@@ -271,13 +274,13 @@ def _nearest(row: Row, kind: type) -> str:
 
 
 def unknown_columns(row: Row, kind: type) -> str:
-    """Why no format fits: the columns found, and the format that comes nearest."""
+    """Return the reason why no format fits: the columns found, and the nearest format."""
     return f"no format of {NOUNS[kind]} has these columns: {_nearest(row, kind)}"
 
 
 def check_use(entry: Format, kind: type, row: Row, where: str) -> None:
-    """Raise DataError where a file of this format does not hold such records, with the reason and
-    what would."""
+    """Raise DataError if a file of this format does not hold such records. The message gives the
+    reason, and the formats that do."""
     if kind in entry.reads:
         return
     if kind in entry.refuses:
@@ -294,7 +297,7 @@ def check_use(entry: Format, kind: type, row: Row, where: str) -> None:
 
 
 def check_row(entry: Format, row: Row) -> None:
-    """Raise BadRow where the columns are not the format's."""
+    """Raise BadRow unless the row has the format's columns."""
     lacking = [f'"{name}"' for name in entry.columns if name not in row]
     if lacking:
         raise get.missing(row, f"{' and '.join(lacking)} of the format {entry.name}")
@@ -307,8 +310,8 @@ def check_row(entry: Format, row: Row) -> None:
 
 
 def template_of(entry: Format, name: str | None) -> Template:
-    """The template of a format, or the one named instead. Raises DataError where the prompt comes
-    whole."""
+    """Return the template with this name, or by default the format's own. Raise DataError if a
+    template is named but the rows hold complete prompts."""
     if name is not None and entry.template is None:
         raise DataError(
             f"the format {entry.name} takes no prompt template (got {name!r}): its prompts come "

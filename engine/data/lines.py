@@ -1,7 +1,7 @@
-"""A data file as rows: JSONL, or one JSON list of rows; plain or gzip.
+"""Reading of a data file as rows: JSONL, or one JSON list of rows; plain or gzip.
 
-A bad line is never guessed at. Accepted without complaint: a byte-order mark, CRLF line ends and
-blank lines.
+A bad line is reported and never repaired. A byte-order mark, CRLF line ends and blank lines are
+accepted.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class BadRow(Exception):
-    """The reason why a row cannot be used."""
+    """Error of a row that cannot be used, with the reason."""
 
 
 class Dropped(Exception):
-    """A well-formed row that holds no usable example: a condition of the data, counted and not an
-    error."""
+    """Signal that a well-formed row holds no usable example. Such rows are counted; they are not
+    errors."""
 
 
 _TABLES = {
@@ -43,9 +43,10 @@ _MAGIC = {b"PAR1": "parquet", b"ARRO": "feather", b"PK\x03\x04": "excel"}
 
 
 def check_data_file(path: Path) -> None:
-    """Raise FileNotFoundError where there is no such file, and says so of the name of a data set in
-    a hub; DataError for a directory or a special file, and for a table, with what turns it into
-    JSONL."""
+    """Raise an error unless the path is a regular file that can be read. Raise FileNotFoundError if
+    there is no such file; the message notes if the path looks like the name of a data set in a hub.
+    Raise DataError for a directory, a special file, or a table (with the command that converts it
+    to JSONL)."""
     if not path.exists():
         if path.suffix in ("", ".git") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
             raise FileNotFoundError(
@@ -78,11 +79,11 @@ def check_data_file(path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
-    """(line number, bytes, fault) of every row; a fault ends the file.
+    """Yield (line number, bytes, fault) for every row; reading stops at a fault.
 
     Raises:
-        FileNotFoundError: no such file.
-        DataError: not a regular file, or a Parquet file.
+        FileNotFoundError: there is no such file.
+        DataError: the path is not a regular file, or is a Parquet file.
     """
     check_data_file(path)
     number = 0
@@ -103,7 +104,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
 
 
 def _elements(document: bytes) -> Iterator[tuple[int, bytes, str]]:
-    """The elements of one JSON list, each with the line where it begins."""
+    """Yield the elements of one JSON list, each with the line where it begins."""
     try:
         text = document.removeprefix(_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -162,7 +163,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def parse_row(raw: bytes) -> Row:
-    """The row of a line. Raises BadRow with the reason why it is none."""
+    """Return the row of a line. Raise BadRow with the reason if the line is not a row."""
     if b"\0" in raw:
         raise BadRow(f"a NUL byte at column {raw.index(0) + 1} (a torn write, or UTF-16?)")
     try:
@@ -206,7 +207,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def type_name(value: object) -> str:
-    """Return JSON's name of a value's type."""
+    """Return JSON's name for a value's type."""
     names = {
         dict: "an object",
         list: "a list",

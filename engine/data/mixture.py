@@ -1,4 +1,5 @@
-"""Several files as one endless stream, in the proportions of their weights (helpful@2,harmless@1).
+"""Mixture of several files as one endless stream, in proportion to their weights
+(helpful@2,harmless@1).
 
     no weights      shuffled passes over the rows of all files together, as control.data_order has
                     them
@@ -8,8 +9,8 @@
                     shuffled; each file goes through shuffled passes of its own, so a small file of
                     much weight comes round more often than a large one of little
 
-Which row stands at a position is a function of (sizes, weights, seed, position) alone: a resumed
-run needs no cursor but its step.
+The row at a position depends on (sizes, weights, seed, position) alone, so that a resumed run needs
+only its step number.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ LONGEST_BLOCK = 1000
 
 
 class Mixture(Generic[T]):
-    """The examples of several sources. `len` counts them all: one pass of a mixture with weights
-    has as many positions, and sees some rows more often than others.
+    """Examples of several sources. `len` is the number of all examples. One pass of a mixture with
+    weights has that many positions, but contains some rows more often than others.
 
     Raises:
-        DataError: no source, an empty one, another number of weights, or a weight that leaves a
-            source less than one place in a thousand.
+        DataError: there is no source, a source is empty, the number of weights differs from that of
+            sources, or a weight leaves a source less than one place in a thousand.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Mixture(Generic[T]):
         return len(self.examples)
 
     def draw(self, seed: int, start: int, stop: int) -> list[T]:
-        """The examples at positions start .. stop of the stream."""
+        """Return the examples at positions start .. stop of the stream."""
         if not self._places:
             return [
                 self.examples[index] for index in data_order(len(self.examples), seed, start, stop)
@@ -93,7 +94,8 @@ class Mixture(Generic[T]):
     def split(
         self, hold_out: Callable[[list[T]], tuple[list[T], list[T]]]
     ) -> tuple[Mixture[T], list[T]]:
-        """The same mixture of what `hold_out` leaves of each source, and all that it held out."""
+        """Split each source by `hold_out`. Return the mixture of the remaining examples, and all
+        examples held out."""
         parts = [hold_out(source) for source in self.sources]
         return Mixture([kept for kept, _ in parts], self.weights), [
             example for _, held in parts for example in held
@@ -101,7 +103,7 @@ class Mixture(Generic[T]):
 
 
 def _places(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a block."""
+    """Return the number of places of each source in a block."""
     shares = [weight / sum(weights) for weight in weights]
     size = next(
         (
@@ -127,8 +129,8 @@ def _places(weights: Sequence[float]) -> list[int]:
 
 
 def mix(data: Data, read: Callable[[Source], list[T]]) -> Mixture[T]:
-    """The mixture that a --data option asks for. `read` gives the examples of one file; a file
-    without a weight weighs 1 beside others that have one."""
+    """Return the mixture that a --data option describes. `read` returns the examples of one file.
+    If some files have a weight, the others get the weight 1."""
     sources = parse_data(data)
     weighted = any(source.weight is not None for source in sources)
     weights = [1.0 if source.weight is None else source.weight for source in sources]

@@ -1,5 +1,5 @@
-"""Readers: data files as records. Which format a file has is seen from its first rows, or said by
-hand; `formats.FORMATS` lists what there is.
+"""Readers of data files, which return records. A file's format is detected from its first rows, or
+named by hand; `formats.FORMATS` lists the formats.
 
     FILE                       JSONL, or one JSON list of rows; .gz too
     FORMAT:FILE                the same, of this format: shp:train.jsonl
@@ -7,9 +7,9 @@ hand; `formats.FORMATS` lists what there is.
                                gsm8k/chat:train.jsonl
     A@2,B@1                    several files; see mixture.py for what the weights do
 
-A bad line is never guessed at. All of them, of all files, are collected first and reported together
-as `file:line: reason`, before any device work; or, when asked, written to a rejects file while
-reading goes on.
+A bad line is reported and never repaired. The bad lines of all files are collected first and
+reported together as `file:line: reason`, before any work on the device. On request, they are
+instead written to a rejects file while reading continues.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ SHOWN = 20
 # ---- what to read --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Source:
-    """One file: its format and prompt template where they are not to be found out, and its weight
-    in a mixture."""
+    """One file, with its weight in a mixture, and its format and prompt template if they were named
+    (None: to be detected)."""
 
     path: str
     format: str | None = None
@@ -98,11 +98,11 @@ _FORMAT = re.compile(r"(?P<format>[a-z][a-z0-9-]*)(/(?P<template>[a-z]+))?:(?P<r
 
 
 def parse_data(data: Data) -> list[Source]:
-    """The files that a --data option names: see the head of this file. A file that exists under the
-    whole name is taken as that.
+    """Return the files that a --data option names, as described at the top of this file. If a file
+    exists under the option's whole text, it is that file.
 
     Raises:
-        DataError: an unknown format or template, or a weight that is no positive number.
+        DataError: a format or template is unknown, or a weight is not a positive number.
     """
     if isinstance(data, Source):
         return [data]
@@ -159,13 +159,13 @@ def load_prompts(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> list[PromptExample]:
-    """Prompts with their columns, for the policy stages. Every example has the columns of all rows;
-    where a row lacks one it is None.
+    """Load prompts with their columns, for the policy stages. Every example has the columns of all
+    rows; a column that its row lacks is None.
 
     Raises:
-        DataError: bad lines (all of them), nothing usable in the file, or files that hold no such
-            records.
-        FileNotFoundError: no such file.
+        DataError: there are bad lines (all are listed), nothing in the file is usable, or the files
+            hold other records than prompts.
+        FileNotFoundError: there is no such file.
     """
     examples, dropped = _load(data, PromptExample, skip_bad_lines, rejects, options)
     _warn(data, dropped)
@@ -189,8 +189,8 @@ def load_demonstrations(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> list[Demonstration]:
-    """Prompts with the completions to imitate, for SFT. Rows with an empty completion are dropped,
-    and a warning counts them. Raises as `load_prompts`."""
+    """Load prompts with the completions to imitate, for SFT. Rows with an empty completion are
+    dropped, and a warning gives their number. Raise the errors of `load_prompts`."""
     examples, dropped = _load(data, Demonstration, skip_bad_lines, rejects, options)
     _warn(data, dropped)
     return examples
@@ -203,9 +203,9 @@ def load_pairs(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> tuple[list[PairExample], dict[str, int]]:
-    """Preference pairs, for pairwise reward models and DPO, and how many rows were dropped for
-    which reason (the prompts differ, an answer is empty, the answers are equal, a tie, ...). Raises
-    as `load_prompts`."""
+    """Load preference pairs, for pairwise reward models and DPO. Also return how many rows were
+    dropped for each reason (the prompts differ, an answer is empty, the answers are equal, a tie,
+    ...). Raise the errors of `load_prompts`."""
     return _load(data, PairExample, skip_bad_lines, rejects, options)
 
 
@@ -216,8 +216,8 @@ def load_ranked(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> tuple[list[RankedExample], dict[str, int]]:
-    """Ranked lists of answers, for K-wise reward models, and what was dropped. Raises as
-    `load_prompts`."""
+    """Load ranked lists of answers, for K-wise reward models. Also return how many rows were
+    dropped for each reason. Raise the errors of `load_prompts`."""
     return _load(data, RankedExample, skip_bad_lines, rejects, options)
 
 
@@ -228,7 +228,8 @@ def load_unpaired(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> tuple[list[UnpairedExample], dict[str, int]]:
-    """Answers labelled wanted or not, for KTO, and what was dropped. Raises as `load_prompts`."""
+    """Load answers labelled as wanted or not, for KTO. Also return how many rows were dropped for
+    each reason. Raise the errors of `load_prompts`."""
     return _load(data, UnpairedExample, skip_bad_lines, rejects, options)
 
 
@@ -239,8 +240,8 @@ def load_steps(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> tuple[list[StepExample], dict[str, int]]:
-    """Answers with a label for every step, for process reward models, and what was dropped. Raises
-    as `load_prompts`."""
+    """Load answers with a label for every step, for process reward models. Also return how many
+    rows were dropped for each reason. Raise the errors of `load_prompts`."""
     return _load(data, StepExample, skip_bad_lines, rejects, options)
 
 
@@ -251,8 +252,8 @@ def load_scored(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> tuple[list[ScoredExample], dict[str, int]]:
-    """Answers scored by people, to judge a reward model by, and what was dropped. Raises as
-    `load_prompts`."""
+    """Load answers scored by people, to evaluate a reward model. Also return how many rows were
+    dropped for each reason. Raise the errors of `load_prompts`."""
     return _load(data, ScoredExample, skip_bad_lines, rejects, options)
 
 
@@ -263,8 +264,8 @@ def load_dialogues(
     rejects: str | Path | None = None,
     options: ReadOptions | None = None,
 ) -> tuple[list[Dialogue], dict[str, int]]:
-    """Whole conversations, for SFT on every turn of the assistant, and what was dropped. Raises as
-    `load_prompts`."""
+    """Load whole conversations, for SFT on every turn of the assistant. Also return how many rows
+    were dropped for each reason. Raise the errors of `load_prompts`."""
     return _load(data, Dialogue, skip_bad_lines, rejects, options)
 
 
@@ -280,7 +281,7 @@ def _paths(data: Data) -> str:
 # ---- one pass over the files ---------------------------------------------------------------------
 @dataclass
 class _Found:
-    """What one file held, or several."""
+    """Records, bad lines and dropped rows of one file or several."""
 
     items: list[Any] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -353,7 +354,8 @@ def _read(source: Source, kind: type, options: ReadOptions) -> _Found:
 
 
 def _write_rejects(rejects: Path, bad: list[tuple[Path, int, str, bytes]], paths: set[str]) -> None:
-    """Replace what an earlier reading of the same files left in the rejects file; keep the rest."""
+    """Write the bad lines to the rejects file. Replace those that an earlier reading of the same
+    files left there; keep the rest."""
     rejects.parent.mkdir(parents=True, exist_ok=True)
     old = rejects.read_text(encoding="utf-8").splitlines() if rejects.exists() else []
     kept = [line for line in old if json.loads(line)["file"] not in paths]

@@ -1,5 +1,5 @@
-"""What data becomes: one record type per use. `Prompt` is a text, or a list of messages that the
-chat template renders."""
+"""Record types that data is read into, one for each use. A `Prompt` is a text, or a list of
+messages that the chat template renders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Tools = list[Any]  # JSON schemas, objects each, for the chat template
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt and the other columns of its row, which travel to the rewards ("tools" to the chat
-    template as well)."""
+    """A prompt and the other columns of its row, which are passed to the rewards ("tools" also to
+    the chat template)."""
 
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class PromptExample:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt, "" for plain text, and what should follow it."""
+    """A prompt ("" for plain text) and the completion that should follow it."""
 
     prompt: Prompt
     completion: str
@@ -34,7 +34,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A whole conversation; every turn of the assistant is to be learnt."""
+    """A whole conversation; every turn of the assistant is to be learned."""
 
     messages: Messages
     tools: Tools | None = None
@@ -45,9 +45,9 @@ class PairExample:
     """A prompt with a preferred and a rejected answer.
 
     Attributes:
-        margin: by how much the preferred one should score higher (Llama 2).
+        margin: by how much the preferred answer should score higher (Llama 2).
         label: the probability that `chosen` is the better one: 1, or 0.5 for a tie.
-        weight: of the pair in a mean.
+        weight: weight of the pair in a mean.
     """
 
     prompt: Prompt
@@ -61,8 +61,8 @@ class PairExample:
 
 @dataclass(frozen=True)
 class RankedExample:
-    """A prompt with K >= 2 answers in an order: rank 1 is best, equal ranks are ties. `ranks` is
-    what kwise_ranking_loss takes."""
+    """A prompt with K >= 2 answers in an order: rank 1 is best, equal ranks are ties. Pass `ranks`
+    to kwise_ranking_loss."""
 
     prompt: Prompt
     completions: tuple[str, ...]
@@ -70,7 +70,7 @@ class RankedExample:
     tools: Tools | None = None
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """(better, worse) of all pairs that are no tie."""
+        """Return (better, worse) for all pairs that are not ties."""
         order = range(len(self.ranks))
         return ((i, j) for i in order for j in order if self.ranks[i] < self.ranks[j])
 
@@ -96,7 +96,7 @@ class StepExample:
 
 @dataclass(frozen=True)
 class ScoredExample:
-    """A prompt with one answer and what people gave it on each scale."""
+    """A prompt with one answer and the scores that people gave the answer on each scale."""
 
     prompt: Prompt
     completion: str

@@ -1,8 +1,9 @@
-"""Prompt templates: a question, and text that it is about, as what the model is to continue.
+"""Prompt templates, which make the text or messages that the model continues of a question and the
+context that the question is about.
 
-Which one a file gets is a property of its format, or said by hand, as in `gsm8k/chat:FILE`. Answers
-follow the prompt with the template's `lead` between, unless they begin with white space of their
-own.
+A file's template is that of its format, or the one named by hand, as in `gsm8k/chat:FILE`. The
+template's `lead` is put between the prompt and an answer, unless the answer begins with white
+space.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ HUMAN = "\n\nHuman:"
 
 @dataclass(frozen=True)
 class Template:
-    """render(question, context) -> prompt; `lead` stands between the prompt and an answer."""
+    """A prompt template: render(question, context) -> prompt; `lead` is put between the prompt and
+    an answer."""
 
     render: Callable[[str, str], Prompt]
     lead: str = ""
 
     def answer(self, text: str) -> str:
-        """An answer as it follows the prompt."""
+        """Return an answer as it follows the prompt, with `lead` before it."""
         return text if text[:1].isspace() else self.lead + text
 
 
@@ -71,7 +73,8 @@ TEMPLATES = {
 
 
 def template(name: str) -> Template:
-    """The template of that name. Raises DataError with those there are."""
+    """Return the template with this name. Raise DataError if there is none; it lists the known
+    names."""
     if name not in TEMPLATES:
         raise DataError(f"unknown prompt template {name!r}; there are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
@@ -85,11 +88,11 @@ def few_shot(
     instruction: str = "",
     form: str | Template = "qa",
 ) -> Prompt:
-    """A question behind N solved ones, (question, answer) each; for a chain of thought write the
-    reasoning into the answers.
+    """Return a prompt of N solved questions, (question, answer) each, followed by a question. For a
+    chain of thought write the reasoning into the answers.
 
-    With a text template the parts stand apart by an empty line, the instruction first; with a chat
-    template the shots are turns, and the instruction is the system's.
+    With a text template the parts are separated by empty lines, and the instruction comes first.
+    With a chat template the solved questions are turns, and the instruction is the system message.
     """
     style = template(form) if isinstance(form, str) else form
     prompt = style.render(question, context)
@@ -116,8 +119,8 @@ def tldr(
     count_tokens: Callable[[str], int] | None = None,
     limit: int = 512,
 ) -> str:
-    """The query for a summary of a post. Given `count_tokens` it has at most `limit` tokens: see
-    `shorten`."""
+    """Return the query for a summary of a post. If `count_tokens` is given, the post is shortened
+    so that the query has at most `limit` tokens: see `shorten`."""
 
     def render(body: str) -> str:
         return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {body}\n\nTL;DR:"
@@ -126,18 +129,19 @@ def tldr(
 
 
 def news(article: str) -> str:
-    """The query for a summary of an article of CNN or the Daily Mail."""
+    """Return the query for a summary of an article of CNN or the Daily Mail."""
     return f"Article:\n{article}\n\nTL;DR:"
 
 
 def shorten(
     render: Callable[[str], str], body: str, count_tokens: Callable[[str], int], limit: int
 ) -> str:
-    """render(body), or of its longest beginning that has at most `limit` tokens and ends at a line
-    end; of a first line that is too long itself, as many characters as fit.
+    """Return render(body) if it has at most `limit` tokens. Otherwise render the longest beginning
+    of the body that fits and ends at a line end. If even the first line is too long, as many of its
+    characters as fit are used.
 
     Raises:
-        ValueError: not even render("") fits.
+        ValueError: even render("") has more than `limit` tokens.
     """
     while count_tokens(render(body)) > limit:
         end = body.rfind("\n")

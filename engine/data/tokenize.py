@@ -1,8 +1,9 @@
-"""Text to token ids, with the boundary between prompt and completion that generation has.
+"""Conversion of text to token ids, with the same boundary between prompt and completion as in
+generation.
 
 A prompt and its completion are tokenised separately: the generator continues the ids of the prompt,
-so no token may span the boundary in training either. Lengths are limited here, before any device
-work, and what is dropped is counted.
+so no token may span the boundary in training either. Lengths are limited here, before any work on
+the device, and dropped examples are counted.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ class Dropped:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, tools: Tools | None = None
 ) -> list[int]:
-    """Ids of a prompt: the special tokens that the tokenizer adds, but no EOS at the end; messages,
-    and tools, through the chat template.
+    """Return the ids of a prompt, with the special tokens that the tokenizer adds, but without EOS
+    at the end. Messages and tools are rendered by the chat template.
 
-    An empty prompt is the BOS token alone.
+    An empty prompt becomes the BOS token alone.
 
     Raises:
-        DataError: no tokenizer, an empty prompt without a BOS token, messages without a chat
-            template or of which it makes nothing, or a text with a lone surrogate.
+        DataError: there is no tokenizer; the prompt is empty and there is no BOS token; there are
+            messages but no chat template, or the template renders them as nothing; or the text has
+            a lone surrogate.
     """
     if tokenizer is None:
         raise no_tokenizer()
@@ -79,16 +81,17 @@ def encode_prompt(
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
-    """Tokens of a text as a prompt, for ReadOptions.count_tokens: posts to be summarized are
-    shortened by it."""
+    """Return the number of tokens of a text as a prompt. ReadOptions.count_tokens uses it to
+    shorten posts to be summarised."""
     return len(encode_prompt(tokenizer, text))
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model_ids: Sequence[int]) -> int:
-    """The id that ends a completion: the first of the model's EOS ids, else the tokenizer's.
+    """Return the id that ends a completion: the first of the model's EOS ids, or else the
+    tokenizer's EOS.
 
     Raises:
-        DataError: neither names one.
+        DataError: neither the model nor the tokenizer has an EOS.
     """
     ids = [
         *model_ids,
@@ -106,11 +109,11 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, model_ids: Sequence[int]) ->
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, text: str, eos_id: int, *, first: bool = False
 ) -> list[int]:
-    """Ids of a completion: no special tokens, then EOS.
+    """Return the ids of a completion, without special tokens, followed by EOS.
 
-    Some tokenizers put a space in front of every text. That is right at the beginning (`first`,
-    plain text after BOS) and wrong in the middle, where it would make `prompt + completion` decode
-    with two spaces; there the text is tokenised behind a line end, which is cut off again.
+    Some tokenizers put a space in front of every text. This is right at the beginning (`first`,
+    plain text after BOS), but elsewhere `prompt + completion` would decode with two spaces. There
+    the text is tokenised after a line end, whose ids are then removed.
     """
     return (_ids(tokenizer, text, special=False) if first else _continued(tokenizer, text)) + [
         eos_id
@@ -120,18 +123,18 @@ def encode_completion(
 def encode_dialogue(
     tokenizer: PreTrainedTokenizerBase | None, dialogue: Dialogue, eos_id: int
 ) -> tuple[list[int], list[bool]]:
-    """(ids, actions) of a whole conversation: the tokens of the assistant's turns, through the
-    special token that ends each, are actions; nothing else is.
+    """Return (ids, actions) of a whole conversation. The actions are the tokens of the assistant's
+    turns, including the special token that ends each turn.
 
-    A turn begins where the chat template asks for it (add_generation_prompt), and is tokenised
-    apart from what stands before and behind it, as it is when the model writes it. If no special
-    token ends the last turn, EOS does. Where the template writes earlier turns otherwise than last
-    ones, so that they cannot be found that way, its {% generation %} marks say which tokens are the
-    assistant's.
+    A turn begins where the chat template prompts the assistant (add_generation_prompt). It is
+    tokenised separately from the text before and after it, as if the model had written it. If no
+    special token ends the last turn, EOS is added. Some templates render earlier turns differently
+    from the last one, so that turns cannot be found in this way. Then the template's {% generation
+    %} marks tell which tokens are the assistant's.
 
     Raises:
-        DataError: no tokenizer, no chat template, or one that neither goes turn by turn nor has the
-            marks.
+        DataError: there is no tokenizer or no chat template, or the template neither renders turn
+            by turn nor has the marks.
     """
     if tokenizer is None:
         raise no_tokenizer()
@@ -173,7 +176,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, **options: A
 
 @contextlib.contextmanager
 def _templates() -> Iterator[None]:
-    """What a chat template refuses, or cannot render, is told as a fault of data and template."""
+    """Turn an error of a chat template within the block into a DataError about data and
+    template."""
     from jinja2.exceptions import TemplateError
 
     try:
@@ -190,8 +194,8 @@ def _templates() -> Iterator[None]:
 def _turns_by_prefix(
     tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, text: str
 ) -> list[tuple[int, int]]:
-    """Where the assistant's turns stand in the rendered conversation, if the template renders turn
-    by turn; else nothing."""
+    """Return the positions of the assistant's turns in the rendered conversation, if the template
+    renders turn by turn; else nothing."""
     spans = []
     for index, message in enumerate(dialogue.messages):
         if message["role"] == "assistant":
@@ -212,9 +216,9 @@ def _turns_by_prefix(
 def _turns_by_marks(
     tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, text: str
 ) -> list[tuple[int, int]]:
-    """The same from {% generation %} marks: they are made to print two characters that the text
-    does not have. (The mask that transformers makes of them takes in a whole token where one spans
-    the beginning of a turn.)"""
+    """Return the positions of the assistant's turns from {% generation %} marks, which are made to
+    print two characters that the text does not have. (transformers' mask of these marks contains a
+    whole token if the token spans the beginning of a turn.)"""
     begin, end = "\ue000", "\ue001"
     template: Any = tokenizer.get_chat_template(tools=dialogue.tools)
     for mark, name in ((begin, "generation"), (end, "endgeneration")):
@@ -246,10 +250,10 @@ def _turns_by_marks(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[PromptExample], limit: int
 ) -> tuple[list[tuple[PromptExample, list[int]]], Dropped]:
-    """(example, prompt ids) of the prompts of at most `limit` tokens.
+    """Return (example, prompt ids) for the prompts of at most `limit` tokens.
 
     Raises:
-        DataError: all of them are longer.
+        DataError: all prompts are longer.
     """
     items = [
         (example, encode_prompt(tokenizer, example.prompt, example.columns.get("tools")))
@@ -261,10 +265,11 @@ def encode_prompts(
 def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Demonstration], eos_id: int, limit: int
 ) -> tuple[list[tuple[list[int], list[int]]], Dropped]:
-    """(prompt ids, completion ids) of the demonstrations of at most `limit` tokens in all.
+    """Return (prompt ids, completion ids) for the demonstrations of at most `limit` tokens in
+    total.
 
     Raises:
-        DataError: all of them are longer.
+        DataError: all demonstrations are longer.
     """
     items = [
         (
@@ -279,10 +284,10 @@ def encode_demonstrations(
 def encode_dialogues(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Dialogue], eos_id: int, limit: int
 ) -> tuple[list[tuple[list[int], list[bool]]], Dropped]:
-    """(ids, actions) of the conversations of at most `limit` tokens; see `encode_dialogue`.
+    """Return (ids, actions) for the conversations of at most `limit` tokens; see `encode_dialogue`.
 
     Raises:
-        DataError: all of them are longer.
+        DataError: all conversations are longer.
     """
     return drop_longer(
         [encode_dialogue(tokenizer, example, eos_id) for example in examples],
@@ -294,10 +299,10 @@ def encode_dialogues(
 def drop_longer(
     items: Sequence[T], limit: int, length: Callable[[T], int]
 ) -> tuple[list[T], Dropped]:
-    """The items of at most `limit` tokens, and the count of the others.
+    """Return the items of at most `limit` tokens, and the number of longer ones.
 
     Raises:
-        DataError: none is left.
+        DataError: no item is left.
     """
     kept = [item for item in items if length(item) <= limit]
     if items and not kept:
@@ -310,7 +315,7 @@ def drop_longer(
 
 
 def no_tokenizer() -> DataError:
-    """Return the error to raise where there is text and no tokenizer."""
+    """Return the error to raise if there is text but no tokenizer."""
     return DataError(
         "text needs a tokenizer, and the model's directory has none; put its tokenizer.json and "
         "tokenizer_config.json there"
@@ -326,7 +331,7 @@ def _needs_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text that stands behind another."""
+    """Return the ids of a text that follows another text."""
     anchor = _anchor(tokenizer)
     if anchor:
         ids = _ids(tokenizer, "\n" + text, special=False)
@@ -350,8 +355,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
 
 @lru_cache(maxsize=4)
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of a line end, for tokenizers that treat the beginning of a text differently; else
-    nothing."""
+    """Return the ids of a line end if the tokenizer treats the beginning of a text differently;
+    else nothing."""
     end, behind = _ids(tokenizer, "\n", special=False), _ids(tokenizer, "\na", special=False)
     return (
         tuple(end)

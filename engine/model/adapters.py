@@ -1,13 +1,13 @@
-"""One layer's LoRA adapters: y = W x + s B (A x) on its fused projections, with W frozen.
+"""LoRA adapters of one layer: y = W x + s B (A x) on its fused projections, with W frozen.
 
 Shapes    N tokens, K inputs and O outputs of a projection, r rank, P adapted slices of a projection
           (q, k and v of qkv_proj), R = P r.
-Held      fused as the projections are: a [P r, K] and b [rows of the slices, r], so that one
-          product gives A x of all slices. Each slice has an A of its own, as PEFT's adapters of
-          q_proj, k_proj and v_proj have.
-Numerics  adapters are in the model's dtype, so that sampler and trainer read the same bits without
-          a cast; low-precision ones have float32 masters in the optimizer, as all low-precision
-          parameters here. With B = 0 or the adapter off the outputs are those of W, bitwise.
+Held      fused like the projections: a [P r, K] and b [rows of the slices, r], so that one product
+          gives A x of all slices. Each slice has an A of its own, like PEFT's adapters of q_proj,
+          k_proj and v_proj.
+Numerics  adapters have the model's dtype, so that sampler and trainer read the same bits without a
+          cast. Like all low-precision parameters, low-precision adapters have float32 masters in
+          the optimizer. With B = 0 or the adapter off, the outputs are bitwise those of W.
           `merging` computes in float32 and rounds once.
 Source    Hu et al. (2021), LoRA; initialised as PEFT does: A kaiming-uniform, B zero. rslora:
           Kalajdzievski (2023), A rank stabilization scaling factor.
@@ -32,7 +32,7 @@ _NAMES = ("qkv", "o", "gate_up", "down")
 
 
 class Slice(NamedTuple):
-    """Rows of a fused projection that have a name of their own in the Hugging Face layout."""
+    """Rows of a fused projection that form a separately named layer in the Hugging Face layout."""
 
     module: str  # below model.layers.N
     product: int
@@ -41,7 +41,7 @@ class Slice(NamedTuple):
 
 
 def inputs(config: ModelConfig) -> tuple[int, int, int, int]:
-    """K of the four projections."""
+    """Return the number of inputs K of each of the four projections."""
     return (
         config.hidden_size,
         config.num_heads * config.head_dim,
@@ -51,8 +51,9 @@ def inputs(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def slices(config: ModelConfig) -> dict[str, Slice]:
-    """Return what can be adapted, by PEFT's target names: the linear layers of the family in the
-    Hugging Face layout. Raises ConfigError where they are others."""
+    """Return the linear layers that can be adapted, by their names as PEFT's targets (the Hugging
+    Face layout). Raise ConfigError if the family's projections have a layout that adapters do not
+    support."""
     c = config
     if not c.gated:
         raise ConfigError(
@@ -83,10 +84,10 @@ def slices(config: ModelConfig) -> dict[str, Slice]:
 
 
 def targets(config: ModelConfig, lora: LoRAConfig) -> dict[str, Slice]:
-    """The slices that a LoRA setting names, in the order in which they lie in the parameters.
+    """Return the slices that a LoRA setting names, in the order of the parameters.
 
     Raises:
-        ConfigError: a target that the family does not have.
+        ConfigError: the family does not have one of the targets.
     """
     known = slices(config)
     if "all-linear" in lora.targets:
@@ -100,8 +101,8 @@ def targets(config: ModelConfig, lora: LoRAConfig) -> dict[str, Slice]:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """W x + b with s B (A x) added in place to slices of the result; only A x is kept beside the
-    inputs."""
+    """Compute W x + b, with s B (A x) added in place to slices of the result. Only A x is saved for
+    the backward pass, in addition to the inputs."""
 
     @staticmethod
     def forward(
@@ -131,7 +132,7 @@ class _AdaptedLinear(torch.autograd.Function):
         b: Tensor | None,
         *_: None,
     ) -> Tensor:
-        """Forward mode: the arguments are tangents, None where there is none."""
+        """Compute the forward-mode derivative. The arguments are tangents, or None."""
         at_x_NK, at_weight_OK, at_a_RK, at_b, at_u_NR = ctx.saved_tensors
         y_NO = (
             at_x_NK.new_zeros(len(at_x_NK), len(at_weight_OK))
@@ -182,8 +183,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class LayerAdapter(nn.Module):
-    """The adapters of one layer: `qkv_a`, `qkv_b`, ..., of the projections that have an adapted
-    slice."""
+    """Adapters of one layer: parameters `qkv_a`, `qkv_b`, ... for each projection that has an
+    adapted slice."""
 
     def __init__(
         self,
@@ -211,19 +212,20 @@ class LayerAdapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """s, of the settings; the sampler reads it there, so it cannot be set here."""
+        """Scale s from the LoRA settings. The sampler reads the settings, so s cannot be set
+        here."""
         return self._scale
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of the adapter's parameters."""
+        """Return the shapes of the adapter's parameters."""
         return {name: p.shape for name, p in self.named_parameters()}
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """a and b of qkv, of o, of gate_up, of down."""
+        """Return a and b of each of the projections qkv, o, gate_up and down."""
         return tuple(getattr(self, f"{name}_{part}") for name in _NAMES for part in ("a", "b"))
 
     def parts(self, found: Slice) -> tuple[Tensor, Tensor]:
-        """A and B of one slice, views."""
+        """Return A and B of one slice, as views."""
         a, b = (
             getattr(self, f"{_NAMES[found.product]}_a"),
             getattr(self, f"{_NAMES[found.product]}_b"),
@@ -236,7 +238,7 @@ class LayerAdapter(nn.Module):
     def forward(
         self, product: int, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None
     ) -> Tensor:
-        """The projection with what the adapter adds to it."""
+        """Return the output of a projection, with that of the adapter added."""
         a, b = self.tensors()[2 * product : 2 * product + 2]
         return (
             linear(x_NK, weight_OK, bias_O)
@@ -252,7 +254,7 @@ def adapted_linear(
     weight_OK: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """A projection of a layer, with its adapter where there is one."""
+    """Return the output of a layer's projection, with that of its adapter if there is one."""
     return (
         linear(x_NK, weight_OK, bias_O)
         if adapter is None

@@ -1,17 +1,17 @@
-"""Beside: what a module computes with beside its parameters: classes, forwards, hooks, numbers,
-buffers, configuration.
+"""Beside: watches what a module computes with besides its parameters: classes, forwards, hooks,
+numbers, buffers, configuration.
 
-A decoder reads a model's parameters and computes with them by functions of its own, those of
-transformers' model of that configuration. So what somebody hangs on a module, or changes of it,
-would be computed by one of the two alone:
+A decoder reads a model's parameters, but computes with its own functions, which equal those of
+transformers' model with that configuration. If somebody adds something to a module, or changes it,
+only the model or only the decoder would compute it. Such changes are:
 
     refused     another class; another number or function that a module holds (a norm's epsilon,
-                attention's scale); another buffer (rotary frequencies); a configuration by which
-                the model would compute otherwise
-    followed    a configuration in which only the rest changed: token ids that end a completion,
-                what saving writes
-    one warning forward hooks, a forward from elsewhere, dropout, autocast: most only look on, or
-    are there on purpose
+                attention's scale); another buffer (rotary frequencies); a configuration that makes
+                the model compute differently
+    adopted     changes of the configuration that do not affect computations: token ids that end a
+                completion, what saving writes
+    one warning forward hooks, a forward from elsewhere, dropout, autocast: most only observe, or
+                are there on purpose
 
 Not seen      functions replaced within a library's module (`modeling_llama.apply_rotary_pos_emb =
               ...`), what a hook or a forward of transformers, accelerate or TRL itself was told to
@@ -65,8 +65,8 @@ _version = attrgetter("_version")
 
 
 class Beside:
-    """Watches what the modules of a tree compute with. `where`: the tree's name in messages;
-    `alone`: who runs what hangs on it."""
+    """Watch over what the modules of a model (a tree) compute with. `where`: name of the tree in
+    messages; `alone`: words in warnings that say which of model and actor does not run a hook."""
 
     def __init__(self, tree: nn.Module, where: str, alone: str) -> None:
         self._tree, self._where, self._alone = tree, where, alone
@@ -77,10 +77,10 @@ class Beside:
         self.take()
 
     def take(self) -> None:
-        """Take note of the modules that the tree now has.
+        """Record the present modules of the tree, after checking them.
 
         Raises:
-            RuntimeError: they compute with something else than those that it had at first.
+            RuntimeError: the modules compute with something else than the tree's first modules did.
         """
         self._check()
         parts = list(self._tree.modules())
@@ -116,14 +116,14 @@ class Beside:
         self._writes = list(map(_version, self._live))
 
     def look(self, deep: bool = False) -> None:
-        """Look whether anything changed since `take`; `deep`: at the memory of the buffers, too.
-        Raises as `take`."""
+        """Check whether anything changed since `take`. With `deep`, also compare the memory of the
+        buffers. Raise the errors of `take`."""
         if self._same() and not (deep and not all(map(torch.equal, self._live, self._kept))):
             return
         self.take()
 
     def expect(self) -> None:
-        """Hold the numbers to what they are now."""
+        """Accept the present numbers of the modules as the expected ones."""
         self._numbers = numbers(self._tree)
         self.take()
 
@@ -176,7 +176,7 @@ class Beside:
         self._warn()
 
     def _warn(self) -> None:
-        """Once of each: what the model runs and the actor does not."""
+        """Warn, once for each, of functions that the model runs but the actor does not."""
         found = [
             ("every module", f"global forward hook {_named(hook)}")
             for hooks in _GLOBAL_HOOKS
@@ -220,7 +220,8 @@ _NONE, _AUTOCAST = "nothing", "autocast"
 
 # ---- what a tree has -----------------------------------------------------------------------------
 def classes(tree: nn.Module) -> dict[str, type]:
-    """The class of every module by name; adapters come and go by ways of their own."""
+    """Return the class of every module by name, without the adapters, which are watched
+    elsewhere."""
     return {
         name: type(part)
         for name, part in tree.named_modules(remove_duplicate=False)
@@ -229,7 +230,7 @@ def classes(tree: nn.Module) -> dict[str, type]:
 
 
 def differences(before: dict[str, type], now: dict[str, type]) -> list[str]:
-    """Names that came, went or changed."""
+    """Return the names of modules that were added or removed, or whose class changed."""
     return sorted(
         name or "the model"
         for name in before.keys() | now.keys()
@@ -238,8 +239,8 @@ def differences(before: dict[str, type], now: dict[str, type]) -> list[str]:
 
 
 def numbers(tree: nn.Module) -> dict[str, dict[str, Any]]:
-    """Collect, by module, the numbers and functions that it holds; without dropout's rates, and
-    those of adapters."""
+    """Collect the numbers and functions that each module holds, except rates of dropout and those
+    of adapters."""
     return {
         name: {
             key: vars(part)[key]
@@ -252,8 +253,8 @@ def numbers(tree: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _computing(value: Any) -> Any:
-    """A configuration without what no number depends on, such as the ids that end a completion;
-    anything else as it is."""
+    """Return a configuration without entries that do not affect any computation, such as the ids
+    that end a completion. Return any other value unchanged."""
     if not isinstance(value, ModelConfig):
         return value
     return replace(
@@ -268,8 +269,8 @@ def _computing(value: Any) -> Any:
 
 
 def _held(part: nn.Module) -> Iterator[str]:
-    """What a module holds that it may compute with. A whole model keeps books beside: of it, the
-    configuration alone."""
+    """Yield the names of attributes that a module may compute with. A whole model also has
+    attributes for bookkeeping, so only its configuration is used."""
     whole = hasattr(part, "get_input_embeddings")
     for key, value in vars(part).items():
         if key == "config" or (
@@ -282,8 +283,9 @@ def _held(part: nn.Module) -> Iterator[str]:
 
 
 def floating_buffers(tree: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return the buffers that a model computes with: no masks. A dynamic rotary embedding replaces
-    its frequencies for texts longer than any here, and keeps the original ones."""
+    """Yield the buffers that a model computes with, without masks. The frequencies of a dynamic
+    rotary embedding are left out: it replaces them for texts longer than any here, and also keeps
+    the original ones."""
     for name, b in tree.named_buffers():
         owner = tree.get_submodule(name.rpartition(".")[0])
         if b.is_floating_point() and not (
@@ -308,7 +310,7 @@ def _shown(value: Any) -> str:
 
 # ---- whose functions they are --------------------------------------------------------------------
 def _layers_of(function: Any) -> Iterator[Any]:
-    """A callable, and what it wraps, as far as it says so."""
+    """Yield a callable and the callables that it wraps, as far as its attributes show them."""
     seen: set[int] = set()
     while function is not None and id(function) not in seen:
         seen.add(id(function))
@@ -323,7 +325,7 @@ def _layers_of(function: Any) -> Iterator[Any]:
 
 
 def _home(function: Any) -> str:
-    """The module in which a function's code stands, whatever it says of itself."""
+    """Return the module that contains a function's code, even if `__module__` names another one."""
     return str(getattr(function, "__globals__", {}).get("__name__") or type(function).__module__)
 
 
@@ -336,8 +338,8 @@ def _looks_on(hook: Any) -> bool:
 
 
 def _named(function: Any, packages: Iterable[str] = ()) -> str:
-    """Where a function stands; of one that wraps another the first that is not of these
-    packages."""
+    """Return a function's module and name. If it wraps others, take the first that is not from one
+    of these packages."""
     inner = next(
         one for one in _layers_of(function) if _home(one).partition(".")[0] not in packages
     )
@@ -346,7 +348,8 @@ def _named(function: Any, packages: Iterable[str] = ()) -> str:
 
 
 def _added(part: nn.Module) -> Iterator[str]:
-    """What a module runs or draws that its class in transformers, or ours, does not."""
+    """Yield what a module runs or draws that its class, in transformers or in this package, does
+    not."""
     for hooks, what in (
         (part._forward_hooks, "forward hook"),
         (part._forward_pre_hooks, "forward pre-hook"),
@@ -384,7 +387,7 @@ def _added(part: nn.Module) -> Iterator[str]:
 
 
 def _outside() -> int:
-    """The stack level of who called this package."""
+    """Return the stack level of the code that called this package."""
     import sys
 
     frame, level = sys._getframe(1), 1
@@ -395,7 +398,7 @@ def _outside() -> int:
 
 # ---- a model as transformers builds it -----------------------------------------------------------
 def plain(cls: type, config: Any) -> Any:
-    """transformers' model of a configuration, without memory."""
+    """Build transformers' model of a configuration, without allocating memory."""
     fresh = copy.deepcopy(config)
     fresh._attn_implementation = "eager"
     with torch.device("meta"):
@@ -403,8 +406,8 @@ def plain(cls: type, config: Any) -> Any:
 
 
 def unlike(module: nn.Module, reference: nn.Module) -> list[str]:
-    """List what a model holds otherwise than transformers' model of its configuration: classes and
-    numbers, each with both."""
+    """List the classes and numbers in which a model differs from transformers' model of its
+    configuration. Each entry gives both."""
     theirs, ours = classes(reference), classes(module)
     names = [name for name in differences(theirs, ours) if name != "the model"]
     if not isinstance(module, type(reference)):

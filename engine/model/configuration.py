@@ -1,4 +1,5 @@
-"""A model's config.json as numbers: shapes, positions and rotations, whatever family it is of."""
+"""Configuration of a model, read from its config.json: shapes, positions and rotations, for every
+family."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's sizes and numbers. `inv_freq`, one a pair of values that turns, are the float32
-    rotary frequencies, scaling included."""
+    """Sizes and numbers of a decoder. `inv_freq` holds the float32 rotary frequencies, with their
+    scaling, one for each pair of values that is rotated."""
 
     model_type: str
     vocab_size: int
@@ -78,12 +79,13 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """Row of the family that the model is of."""
+        """Family of the model."""
         return FAMILIES[self.model_type]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
+    """Return the object in a JSON file. Raise ValueError, with the file's name, if the file holds
+    anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -97,12 +99,12 @@ def model_config(
     source: str | Path | Mapping[str, Any], generation: Mapping[str, Any] | None = None
 ) -> ModelConfig:
     """Read the configuration of a model from its directory (config.json, generation_config.json),
-    or from a dict with the generation config beside it.
+    or from two dicts: `source` and `generation`.
 
     Raises:
-        FileNotFoundError: no config.json.
-        ValueError: an unknown model_type, a missing key, a size that does not fit, or a feature
-            that the decoder does not have; the message names it.
+        FileNotFoundError: there is no config.json.
+        ValueError: the model_type is unknown, a key is missing, a size does not fit, or the decoder
+            lacks a feature; the message names it.
     """
     if isinstance(source, Mapping):
         return _parse(
@@ -116,14 +118,14 @@ def model_config(
 
 
 class _Keys:
-    """What a config.json says, and what its family assumes where it is silent. `where`: its name in
-    messages."""
+    """Entries of a config.json, with the family's defaults for missing ones. `where`: name of the
+    file in messages."""
 
     def __init__(self, raw: dict[str, Any], family: Family, where: str) -> None:
         self.raw, self.family, self.where = raw, family, where
 
     def theirs(self, key: str) -> str:
-        """Return the family's name of a key."""
+        """Return the name that the family uses for a key."""
         return self.family.keys.get(key, key)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -140,7 +142,8 @@ class _Keys:
         return value
 
     def flag(self, rule: bool | str) -> bool:
-        """A rule of the family, or what the key of that name says."""
+        """Return a rule of the family if it is a boolean; else the value of the key that the rule
+        names."""
         return bool(self.get(rule, False)) if isinstance(rule, str) else rule
 
     def number(self, key: str) -> float | None:
@@ -153,8 +156,8 @@ class _Keys:
 
 
 def _activation(keys: _Keys) -> str:
-    """The activation as kernels call it. Raises ValueError for another one, and for whatever else
-    the decoder does not have."""
+    """Return the kernels' name of the activation. Raise ValueError for an unknown activation, and
+    for other features that the decoder lacks."""
     family, where = keys.family, keys.where
     if (activation := keys.get("hidden_act") or family.activations[0]) not in family.activations:
         raise ValueError(
@@ -179,7 +182,7 @@ def _activation(keys: _Keys) -> str:
 
 
 def _heads(keys: _Keys, hidden_size: int, num_heads: int) -> tuple[int, int]:
-    """(key/value heads, head dim)."""
+    """Return (number of key/value heads, head dim)."""
     where, num_kv_heads = keys.where, keys.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ValueError(
@@ -201,7 +204,7 @@ def _heads(keys: _Keys, hidden_size: int, num_heads: int) -> tuple[int, int]:
 
 
 def _positions(keys: _Keys, num_layers: int, head_dim: int, max_positions: int) -> dict[str, Any]:
-    """The fields that say what each layer sees, and how it tells positions."""
+    """Return the fields for each layer's attention window and for the encoding of positions."""
     family, get, where = keys.family, keys.get, keys.where
     ropes = _ropes(family, get, num_layers, where)
     kinds = _layer_kinds(family, get, num_layers, ropes, where)
@@ -218,7 +221,7 @@ def _positions(keys: _Keys, num_layers: int, head_dim: int, max_positions: int) 
 
 
 def _special_ids(keys: _Keys, generation: dict[str, Any]) -> dict[str, Any]:
-    """The fields of token ids that mean something, of config.json and generation_config.json
+    """Return the fields of special token ids, from config.json and generation_config.json
     together."""
     bos, pad = (
         found if (found := keys.get(key)) is not None else generation.get(key)
@@ -345,8 +348,8 @@ def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[in
 def _rotations(
     family: Family, get: Any, head_dim: int, max_positions: int, where: str
 ) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-    """(inv_freq, rope_scale, local_inv_freq). Reads `rope_parameters` (transformers >= 5) and the
-    older `rope_theta` with `rope_scaling`."""
+    """Return (inv_freq, rope_scale, local_inv_freq). They are read from `rope_parameters`
+    (transformers >= 5) or the older `rope_theta` with `rope_scaling`."""
     if family.rope == "none":
         return (), 1.0, ()
     rope = dict(get("rope_scaling") or get("rope_parameters") or {})
@@ -400,11 +403,12 @@ def _inv_freq(
     max_positions: int,
     where: str,
 ) -> tuple[tuple[float, ...], float]:
-    """theta^(-2i / D) over the values that turn, and what multiplies cos and sin; then the scaling.
-    linear divides by the factor; dynamic changes nothing up to max_position_embeddings, and no
-    sequence here is longer; llama3 divides the long waves and blends into the short ones (Llama
-    3.1's rule); yarn does so by the turns that a wave makes within the trained length (Peng et al.,
-    2023, YaRN, eq. 17 to 22)."""
+    """Return the frequencies theta^(-2i / D) of the values that are rotated, with scaling, and the
+    factor of cos and sin. Scalings: linear divides by the factor; dynamic changes nothing up to
+    max_position_embeddings, and no sequence here is longer. llama3 divides the frequencies of long
+    waves, keeps those of short ones, and blends between (the rule of Llama 3.1). yarn does the same
+    by the number of turns of a wave within the trained length (Peng et al., 2023, YaRN, eq. 17 to
+    22)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", partial) or 1.0
     turned = int(head_dim * partial)
@@ -466,8 +470,8 @@ def _inv_freq(
 
 
 def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
-    """attention_factor, or 0.1 log(factor) + 1; with mscale and mscale_all_dim the quotient of two
-    such."""
+    """Return attention_factor, or 0.1 log(factor) + 1; with mscale and mscale_all_dim the quotient
+    of two such numbers."""
     if (given := rope.get("attention_factor")) is not None:
         return float(given)
 

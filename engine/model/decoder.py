@@ -1,14 +1,14 @@
-"""The decoder: one set of fused parameters that training, scoring and generation all read.
+"""Decoder with one set of fused parameters, which training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width,
           V vocabulary.
-Rounding  as the sampler's `decode_step`: between bfloat16 weights activations are float32
-          (`Decoder.activation_dtype`), and nothing is rounded but what is returned, and on tensor
-          cores q, k, v and what attention gives (`Decoder.cache_dtype`; wide.py says how). Else
-          activations are of the parameters' dtype: norms as in transformers' Llama, in float32,
-          rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and
-          SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is torch's:
-          float32 inside, rounded once.
+Rounding  the same as in the sampler's `decode_step`. Between bfloat16 weights, activations are
+          float32 (`Decoder.activation_dtype`). Only the result is rounded, and on tensor cores also
+          q, k, v and the output of attention (`Decoder.cache_dtype`; see wide.py). With other
+          weights, activations have the parameters' dtype: norms as in transformers' Llama, in
+          float32, rounded before their weight (Gemma's multiply by 1 + weight before they round);
+          RoPE and SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is
+          torch's: float32 inside, rounded once.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _off: ContextVar[frozenset[int]] = ContextVar(
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch autocast off within the block: what computes in dtypes of its own, as the sampler
-    does, shall do so whoever calls it."""
+    """Switch autocast off within the block, so that the code in it computes in its own dtypes, as
+    the sampler does, whoever calls it."""
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 class _Training(Ops):
-    """The operations over packed sequences, differentiable; between bfloat16 parameters as wide.py
-    says."""
+    """Differentiable operations over packed sequences; between bfloat16 parameters, those described
+    in wide.py."""
 
     def __init__(
         self, decoder: Decoder, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int
@@ -97,11 +97,11 @@ class _Training(Ops):
 
 
 class Layer(nn.Module):
-    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's;
-    gate_up_proj's are gate, then up (or what the MLP activates, where there is no gate).
+    """Fused parameters of one layer. The rows of qkv_proj are q's heads, then k's, then v's. Those
+    of gate_up_proj are gate, then up; without a gate, only the input of the MLP's activation.
 
-    input_norm and post_norm stand before attention and MLP, attention_out_norm and mlp_out_norm
-    behind them.
+    input_norm and post_norm come before attention and MLP, attention_out_norm and mlp_out_norm
+    after them.
     """
 
     input_norm: Tensor | None
@@ -159,12 +159,13 @@ class Layer(nn.Module):
     def forward(
         self, ops: Ops, index: int, delta_NH: Tensor, stream_NH: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run `layer` with these parameters, as the decoder's layer `index`: (what it adds, the
-        stream to add it to), of the same two before it."""
+        """Run `layer` with these parameters, as the decoder's layer `index`. Return (delta,
+        stream): the layer's output, and the residual stream to add it to; the arguments are those
+        of the layer before."""
         return layer(ops, index, self.weights(), delta_NH, stream_NH)
 
     def weights(self) -> LayerWeights:
-        """The parameters as `layer` and the native step take them."""
+        """Return the parameters in the form that `layer` and the native step take."""
         return LayerWeights(
             self.input_norm,
             self.qkv_proj,
@@ -188,18 +189,18 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder of any family in `families.FAMILIES`, on packed sequences.
+    """Decoder of any family in `families.FAMILIES`, for packed sequences.
 
-    The parameters are allocated and not initialised: `load_decoder` fills them from a directory,
-    `Decoder.random` at random. Their storage never moves afterwards: an optimizer step changes it
-    in place, and whoever holds `weights()` sees the change.
+    The constructor allocates the parameters without initialising them: `load_decoder` fills them
+    from a directory, `Decoder.random` with random numbers. Their storage never moves afterwards: an
+    optimizer step changes it in place, so that an earlier result of `weights()` shows the change.
 
-    `checkpoint_activations` may be set at any time: a training forward then keeps only what goes in
-    and out of each layer, and the backward pass computes the rest again, a layer at a time (Chen et
-    al., 2016, Training deep nets with sublinear memory cost). The gradients are the same bits on
-    CPU.
+    `checkpoint_activations` may be set at any time. A training forward then keeps only the input
+    and output of each layer, and the backward pass computes the rest again, layer by layer (Chen et
+    al., 2016, Training deep nets with sublinear memory cost). On CPU the gradients are the same
+    bits.
 
-    `lora`: the settings of its adapter (`lora.add_adapter`), or None.
+    `lora`: settings of the decoder's adapter (`lora.add_adapter`), or None if there is no adapter.
     """
 
     head: Tensor | None
@@ -248,8 +249,9 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Decoder:
-        """A decoder with normal(0, initializer_range) matrices, norms that multiply by 1 and biases
-        0; drawn on the CPU in float32, so alike everywhere."""
+        """Create a decoder with normal(0, initializer_range) matrices, norms that multiply by 1,
+        and biases 0. The numbers are drawn on the CPU in float32, so they are the same on every
+        device."""
         decoder = cls(config, dtype=dtype, device=device)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -292,7 +294,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H]: what turns hidden states into logits; the embedding itself where they are
+        """Matrix [V, H] that maps hidden states to logits; the embedding itself if the two are
         tied."""
         return self.embedding if self.head is None else self.head
 
@@ -303,13 +305,12 @@ class Decoder(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """Dtype that the training forward computes in: the one that the sampler computes in on this
-        device."""
+        """Dtype that the training forward computes in, the same as the sampler's on this device."""
         return activation_dtype(self.dtype)
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Dtype of the KV cache, in which the training forward attends, too."""
+        """Dtype of the KV cache, and of attention in the training forward."""
         return cache_dtype(self.dtype, self.device)
 
     @property
@@ -320,15 +321,15 @@ class Decoder(nn.Module):
     def forward(
         self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int
     ) -> Tensor:
-        """Hidden states of packed sequences, after the final norm.
+        """Return the hidden states of packed sequences, after the final norm.
 
         Args:
             token_ids_N: [N] int64.
             positions_N: [N] int64, from 0 in every sequence.
             cu_seqlens_B1: [B+1] int32.
-            max_length: the longest sequence.
+            max_length: length of the longest sequence.
         Returns:
-            [N, H] in the parameters' dtype, under autocast, too. Differentiable in the parameters.
+            [N, H] in the parameters' dtype, also under autocast. Differentiable in the parameters.
         """
         with own_precision(self.device):
             return self._hidden(token_ids_N, positions_N, cu_seqlens_B1, max_length)
@@ -361,7 +362,7 @@ class Decoder(nn.Module):
     # ---- the adapter -----------------------------------------------------------------------------
     @property
     def adapter_enabled(self) -> bool:
-        """Whether there is an adapter, and on in this thread."""
+        """Whether there is an adapter that is switched on in this thread."""
         return self.lora is not None and self._adapted
 
     @property
@@ -369,19 +370,19 @@ class Decoder(nn.Module):
         return id(self) not in _off.get()
 
     def set_adapter(self, lora: LoRAConfig) -> None:
-        """Take note of adapters that the layers were given."""
+        """Record the settings of adapters that were added to the layers."""
         self.lora = lora
         self._settle()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Make the decoder its base within the block, in training and in generation: the outputs
-        are bitwise those of the weights without adapter."""
+        """Switch the adapter off within the block, in training and in generation. The outputs are
+        then bitwise those of the weights without an adapter."""
         return self.adapter(enabled=False)
 
     @contextmanager
     def adapter(self, *, enabled: bool) -> Iterator[None]:
-        """The adapter on or off within the block, for the thread that is in it. A backward pass in
-        it follows the forward pass, whichever that was."""
+        """Switch the adapter on or off within the block, for the thread that runs the block. A
+        backward pass inside the block uses the setting of its forward pass."""
         before = self._adapted
         self._switch(enabled)
         try:
@@ -393,8 +394,8 @@ class Decoder(nn.Module):
         _off.set(_off.get() - {id(self)} if on else _off.get() | {id(self)})
 
     def weights(self, adapted: bool | None = None) -> DecoderWeights:
-        """The live parameters as `decode_step` takes them: the same tensors, never copies.
-        `adapted`: with the adapter, or without; None: as it is now."""
+        """Return the live parameters for `decode_step`: the same tensors, never copies. `adapted`:
+        include the adapter or not; None follows the present setting."""
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]

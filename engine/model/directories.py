@@ -1,8 +1,8 @@
-"""Which directory a model is read from; whatever else a path may be is named, with what to say
-instead.
+"""Search for the directory that a model is read from. For any other kind of path, the error says
+what the path is and what to give instead.
 
-A model is a directory with config.json, *.safetensors and a tokenizer, or the id of one in the
-Hugging Face hub, of which these files are fetched.
+A model is a directory with config.json, *.safetensors and a tokenizer, or the id of a model in the
+Hugging Face hub, whose files of these kinds are downloaded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PICKLED = (
 
 
 def resolve_directory(path_or_id: str | Path) -> Path:
-    """The local directory of a model: the path itself where it exists, else the hub's snapshot of
-    that id (safetensors, JSON and tokenizer files).
+    """Return the local directory of a model: the path itself if it exists, else the hub's snapshot
+    of that id (safetensors, JSON and tokenizer files).
 
     Raises:
-        FileNotFoundError: neither a directory nor an id that could be fetched.
+        FileNotFoundError: it is neither a directory nor an id that could be downloaded.
     """
     path = local_directory(path_or_id)
     if path is not None:
@@ -47,11 +47,11 @@ def resolve_directory(path_or_id: str | Path) -> Path:
 
 
 def local_directory(path_or_id: str | Path) -> Path | None:
-    """The directory that the path is; None for what is not there and may be an id of the hub.
+    """Return the path if it is a directory; None if it does not exist and may be an id in the hub.
 
     Raises:
-        FileNotFoundError: it is a file, the directory of a run, an address, or is not there and no
-            id.
+        FileNotFoundError: the path is a file, the directory of a run or a web address, or it
+            neither exists nor can be an id.
     """
     path, text = Path(path_or_id), str(path_or_id)
     if path.is_dir() and text:
@@ -65,7 +65,7 @@ def local_directory(path_or_id: str | Path) -> Path | None:
 
 
 def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
-    """Make the error for an id that could not be fetched from the hub."""
+    """Return the error for an id that could not be downloaded from the hub."""
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return FileNotFoundError(
         f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub "
@@ -75,7 +75,8 @@ def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
 
 
 def check_no_run(path: Path) -> None:
-    """Raise FileNotFoundError for the directory of a run, which holds its model one level down."""
+    """Raise FileNotFoundError if the path is the directory of a run, whose model is one level
+    below."""
     if not _is_run(path):
         return
     if (path / "model" / "config.json").is_file():
@@ -86,7 +87,8 @@ def check_no_run(path: Path) -> None:
 
 
 def no_model(directory: Path) -> str:
-    """Say what a directory is that holds no model, or no weights, and what to give instead."""
+    """Return a message for a directory without a model or without weights: what it is, and what to
+    give instead."""
     names = (
         sorted(path.name for path in islice(directory.iterdir(), 1000))
         if directory.is_dir()
@@ -164,7 +166,8 @@ def _unfinished(run: Path) -> str:
 
 
 def _run_of_checkpoint(path: Path) -> Path | None:
-    """The run of a checkpoint's directory, or of the directory of all of them."""
+    """Return the run that a checkpoint's directory, or the directory of all its checkpoints,
+    belongs to."""
     if path.name == "checkpoints" and any(path.glob("step_*")):
         return path.parent
     return (
@@ -196,7 +199,7 @@ def _of_adapter(directory: Path) -> str:
 
 
 def _models_inside(directory: Path) -> list[Path]:
-    """Models up to two levels down, three at most."""
+    """Return at most three models found up to two levels below the directory."""
     found: list[Path] = []
     with suppress(OSError):
         for config in islice(
@@ -224,7 +227,7 @@ def _some(names: list[str]) -> str:
 
 
 def _of_file(path: Path) -> str:
-    """What a file is that was given in place of a model."""
+    """Return a message that tells what a file is that was given instead of a model."""
     head = b""
     with suppress(OSError):
         if path.is_file():
@@ -255,7 +258,7 @@ def _of_file(path: Path) -> str:
 
 
 def _of_nothing(text: str) -> str:
-    """What to say of a path that is not there and that no id is spelled like."""
+    """Return a message for a path that does not exist and cannot be an id."""
     expected = "expected a model directory or a Hugging Face id such as 'owner/name'"
     if match := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", text):
         return f"{expected}, got the address {text!r}; use the id: {match[1]}"

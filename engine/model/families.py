@@ -1,8 +1,8 @@
-"""The model families, one row each.
+"""Table of the model families, with one entry each.
 
-A family is what its `config.json` leaves unsaid: which projections carry a bias, what is
-normalised, which layers have a window or turn q and k otherwise, and the defaults of keys that
-older files omit. Everything else is the same decoder.
+A family's entry holds what `config.json` does not state: which projections have a bias, what is
+normalised, which layers have a window or another rotation of q and k, and the defaults of keys that
+older files omit. All else is the same for every decoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ROPE_KINDS = {
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table. A bias is True, False, or the name of the config key that decides."""
+    """One entry of the table. A bias is True, False, or the name of the config key that decides
+    it."""
 
     name: str  # as in transformers' class names
     qkv_bias: bool | str

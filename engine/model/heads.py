@@ -1,6 +1,7 @@
 """Heads on a decoder's hidden states: a value per token, a score per sequence.
 
-Both compute in float32 whatever the trunk's dtype: values and scores are float32 everywhere.
+Both kinds compute in float32, whatever the trunk's dtype, so that values and scores are always
+float32.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ _SHIFT_KEY = "fusedrl_score_shift"
 
 
 class ValueHead(nn.Module):
-    """One linear on the trunk, zero at first: hidden [N, H] -> values [N] float32.
+    """One linear layer on the trunk, with output 0 at first: hidden [N, H] -> values [N] float32.
 
         V = level + unit (w . h + b)
 
-    What is trained, w and b, speaks in units of the returns, so that a learning rate means the same
-    whatever rewards are counted in. `level` and `unit` [1] are no parameters: 0 and 1 at first, set
-    by `raise_by` and `count_in`, which keeps every value (van Hasselt et al., 2016, Learning values
-    across many orders of magnitude, "preserving outputs precisely").
+    The trained part, w . h + b, predicts (return - level) / unit, so that a learning rate has the
+    same effect whatever the scale of the rewards. `level` and `unit` [1] (offset and scale of the
+    values) are not trained: they are 0 and 1 at first. `raise_by` changes `level`; `count_in`
+    changes `unit` and keeps every value (van Hasselt et al., 2016, Learning values across many
+    orders of magnitude, "preserving outputs precisely").
     """
 
     level: Tensor
@@ -64,13 +66,13 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def raise_by(self, short: float) -> None:
-        """Add this to every value."""
+        """Add `short` to every value."""
         self.level.add_(short)
 
     @torch.no_grad()
     def count_in(self, unit: float) -> None:
-        """Another unit, and the same values up to rounding. Raises ValueError for one that is not
-        finite and above 0."""
+        """Change the scale `unit` and keep the values, up to rounding. Raise ValueError if `unit`
+        is not finite and above 0."""
         if not 0 < unit < math.inf:
             raise ValueError(f"ValueHead.count_in: expected a finite unit above 0, got {unit!r}")
         ratio = self.unit / unit
@@ -79,13 +81,13 @@ class ValueHead(nn.Module):
         self.unit.fill_(unit)
 
     def restore(self, level: float, unit: float) -> None:
-        """Restore the heads that the weights were trained with."""
+        """Restore the offset and scale that the weights were trained with."""
         self.level.fill_(level)
         self.unit.fill_(unit)
 
     def forward(self, hidden_NH: Tensor, *, strict: bool = False) -> Tensor:
-        """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is
-        the same.
+        """Return the values of hidden states. With `strict`, the bits of a value depend only on its
+        row of hidden states and the head; the gradient is the same.
 
         Raises:
             ValueError: the head was cast, moved or given another shape.
@@ -118,8 +120,8 @@ class ValueHead(nn.Module):
 
 
 def save_value_head(head: ValueHead, directory: str | Path) -> None:
-    """Write the head beside a saved actor, atomically: the linear that says its values, in the
-    rewards' own unit."""
+    """Write the head into the directory of a saved actor, atomically. It is stored as one linear
+    layer that gives the values in the rewards' scale."""
     path = Path(directory) / VALUE_HEAD_FILE
     temporary = path.with_name(f".{path.name}.tmp")
     with torch.no_grad(), disk_faults(path):
@@ -136,8 +138,8 @@ def save_value_head(head: ValueHead, directory: str | Path) -> None:
 def load_value_head(
     directory: str | Path, hidden_size: int, *, device: torch.device | str | None = None
 ) -> ValueHead:
-    """Read what `save_value_head` wrote. Raises FileNotFoundError without it and ValueError where
-    its shapes differ."""
+    """Read a head that `save_value_head` wrote. Raise FileNotFoundError if there is none, and
+    ValueError if its shapes do not fit."""
     path = Path(directory) / VALUE_HEAD_FILE
     if not path.is_file():
         raise FileNotFoundError(f"expected a value head at {path}")
@@ -155,8 +157,8 @@ def load_value_head(
 
 
 class RewardHead(nn.Module):
-    """hidden [B, H] -> scores [B] float32, no bias; normal(0, 1 / sqrt(H + 1)) at first (Stiennon
-    et al., 2020)."""
+    """Linear layer without bias, hidden [B, H] -> scores [B] float32; normal(0, 1 / sqrt(H + 1)) at
+    first (Stiennon et al., 2020)."""
 
     def __init__(
         self, hidden_size: int, *, seed: int = 0, device: torch.device | str | None = None
@@ -168,21 +170,21 @@ class RewardHead(nn.Module):
         self.weight = nn.Parameter(weight.to(device))
 
     def forward(self, hidden_BH: Tensor) -> Tensor:
-        """Return scores [B] of hidden states [B, H]."""
+        """Return the scores [B] of hidden states [B, H]."""
         return F.linear(hidden_BH.to(self.weight.dtype), self.weight).squeeze(-1)
 
 
 class RewardModel(nn.Module):
     """A decoder with a reward head, read at the last token of each sequence.
 
-    `shift` is subtracted from every score, so that a reference set can be made to score 0 on
-    average; it is saved with the model. transformers reads the same directory without it.
+    `shift` is subtracted from every score, for example so that a reference set scores 0 on average.
+    It is saved with the model; transformers reads the same directory, but ignores `shift`.
 
-    With `imitation` the trunk keeps a second head, over the vocabulary, to learn to write what is
-    preferred as well as to score it. It begins as the language model's: that head itself where the
-    trunk has one of its own, and a copy of the embedding where they are tied, so that it does not
-    pull at what the trunk reads. It is trained and checkpointed with the rest, and is no part of a
-    saved reward model.
+    With `imitation` the model has a second head, over the vocabulary, which learns to write the
+    preferred answers. It starts as the language model's head: that head itself if it is separate,
+    or a copy of the embedding if the two are tied, so that training the head does not change the
+    embedding. It is trained and checkpointed with the rest, but is not part of a saved reward
+    model.
     """
 
     lm_head: Tensor | None
@@ -206,7 +208,7 @@ class RewardModel(nn.Module):
     def from_decoder(
         cls, decoder: Decoder, *, seed: int = 0, imitation: bool = False
     ) -> RewardModel:
-        """A reward model on this trunk (shared, not copied), with a new head."""
+        """Create a reward model with a new head on this decoder, which is shared, not copied."""
         return cls(
             decoder,
             RewardHead(decoder.config.hidden_size, seed=seed, device=decoder.device),
@@ -214,12 +216,12 @@ class RewardModel(nn.Module):
         )
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[B] float32 scores. Differentiable. Raises ValueError for an empty sequence, which has no
-        last token."""
+        """Return the scores [B], in float32. Differentiable. Raise ValueError if a sequence is
+        empty, since it has no last token."""
         return self.scores(batch, self.hidden(batch))
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """[N, H] hidden states. Raises as `forward`."""
+        """Return the hidden states [N, H]. Raise the errors of `forward`."""
         if not all(batch.lengths):
             raise ValueError(
                 f"RewardModel: sequence {batch.lengths.index(0)} is empty; a score is read at the "
@@ -228,12 +230,12 @@ class RewardModel(nn.Module):
         return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
 
     def scores(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
-        """[B] float32 scores from the batch's hidden states."""
+        """Return the scores [B], in float32, from the batch's hidden states."""
         return self.head(hidden_NH.index_select(0, batch.cu_seqlens[1:].long() - 1)) - self.shift
 
     def imitation_logp(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
-        """The sum of the log-probabilities of the batch's actions by the second head, in nats; the
-        logits are never held. Raises ValueError without one."""
+        """Return the sum of the log-probabilities of the batch's actions under the second head, in
+        nats. The logits are never stored in full. Raise ValueError if there is no second head."""
         if not self.imitates:
             raise ValueError(
                 "RewardModel: expected a second head to imitate with; build the model with "
@@ -251,8 +253,8 @@ class RewardModel(nn.Module):
 def load_reward_model(
     path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
 ) -> RewardModel:
-    """Load a `*ForSequenceClassification` directory or id with one label, ours or another's.
-    Arguments and errors as `load_decoder`."""
+    """Load a reward model from a `*ForSequenceClassification` directory or id with one label,
+    written by this engine or another program. Arguments and errors are those of `load_decoder`."""
     directory = resolve_directory(path)
     config = load_config(directory)
     if not classifier(config) and any(
@@ -292,9 +294,9 @@ def save_reward_model(
     tokenizer: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write what `AutoModelForSequenceClassification.from_pretrained` loads; otherwise as
-    `save_pretrained`. To score batches transformers needs a pad_token_id in the configuration;
-    where it has none, the tokenizer's is written."""
+    """Write a directory that `AutoModelForSequenceClassification.from_pretrained` loads; otherwise
+    like `save_pretrained`. To score batches, transformers needs a pad_token_id in the
+    configuration; if there is none, the tokenizer's is written."""
     config = model.decoder.config
     changes: dict[str, Any] = {
         "architectures": [config.family.classifier.format(config.family.name)],

@@ -3,20 +3,22 @@
     h = norm(x);   q, k, v = h W_qkv + b;   q, k = rope(norm(q)), rope(norm(k))
     x = x + attend(q, k, v) W_o + b;   x = x + activate(norm(x) W_gate_up + b) W_down + b
 
-`layer` runs it with the operations of an `Ops`, of which there are three: training over packed
-sequences, with gradients (decoder.py), and over the paged cache the composition for a GPU and the
-reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) stands beside them
+`layer` computes this with the operations of an `Ops`. There are three kinds of `Ops`: training over
+packed sequences, with gradients (decoder.py), and over the paged cache the composition for a GPU
+and the reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) is separate
 and is tested against them.
 
-Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be
-left unturned, or turned in part; a norm with a bias is a LayerNorm, one without an RMSNorm; the MLP
-may lack its gate, and read the stream that attention read. Which of this holds is said by the
-tensors that are there (`LayerWeights`) and by `Options`, and looked at here alone.
+Families differ in several ways. The outputs of attention and MLP may be normalised, in addition to
+their inputs or instead; q and k may be rotated in part or not at all. A norm with a bias is a
+LayerNorm, one without an RMSNorm. The MLP may lack its gate, and may read the same stream as
+attention. Only this file handles these variants, by the tensors that are present (`LayerWeights`)
+and by `Options`.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width,
           P pairs of a head that turn.
-Stream    x is held in two parts: what was last added, and what to add it to (None before the first
-          layer). The next norm adds them, in one pass where it is an RMSNorm.
+Stream    the residual stream x is stored in two parts: the output added last, and the stream to add
+          it to (None before the first layer). The next norm adds them, in one pass if it is an
+          RMSNorm.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form;
           Hu et al. (2021), LoRA.
 """
@@ -41,7 +43,7 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) 
 
 
 class LayerWeights(NamedTuple):
-    """One layer's parameters, live (never copies)."""
+    """Parameters of one layer, the live tensors (never copies)."""
 
     input_norm: Tensor | None  # [H]; None: attention reads the residual stream as it is
     qkv: Tensor  # [(Hq + 2 Hkv) D, H]
@@ -63,7 +65,7 @@ class LayerWeights(NamedTuple):
     post_norm_bias: Tensor | None = None  # [H]; likewise
 
     def parts(self) -> list[Tensor | None]:
-        """The tensors in the order of the C++ op."""
+        """Return the tensors in the order of the C++ op."""
         behind = (self.attention_out_norm, self.mlp_out_norm)
         return [*self[:12], *behind, self.input_norm_bias, self.post_norm_bias]
 
@@ -74,7 +76,7 @@ class LayerWeights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Arithmetic that most families leave at its default."""
+    """Options of the arithmetic, which most families leave at their defaults."""
 
     attention_scale: float | None = None  # multiplies q . k; None: D ** -0.5
     attention_softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
@@ -86,7 +88,7 @@ class Options(NamedTuple):
 
 
 class Ops(ABC):
-    """The operations of a decoder's layers.
+    """Operations of a decoder's layers.
 
     heads: (Hq, Hkv, D). eps: of the norms. angles: (cos, sin), [N, P] each, of every rotary table.
     impl: the implementation of the ops in kernels; None: the best one for the device.
@@ -115,20 +117,21 @@ class Ops(ABC):
     def linear(
         self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Return x W^T + b, one of the four products of layer `index`, with what an adapter
-        adds."""
+        """Return x W^T + b, one of the four products of layer `index`, with the adapter's output
+        added if there is one."""
 
     @abstractmethod
     def attention(self, index: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        """Return [N, Hq, D], what the heads of qkv [N, (Hq + 2 Hkv) D] attend to."""
+        """Return the outputs of attention [N, Hq, D], given qkv [N, (Hq + 2 Hkv) D]."""
 
     @abstractmethod
     def activate(self, weights: LayerWeights, up: Tensor) -> Tensor:
-        """Return [N, F], the input of the MLP's second product, of the output of its first."""
+        """Return [N, F], the input of the MLP's second product, computed from the output of its
+        first."""
 
     # ---- what is alike -----------------------------------------------------------------------
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the LayerNorm of x where there is a bias, else the RMSNorm."""
+        """Return the LayerNorm of x if there is a bias, else the RMSNorm."""
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
         if bias is not None:
@@ -145,7 +148,7 @@ class Ops(ABC):
         weight: Tensor | None,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return (the norm of the sum, the sum), or the sum twice where there is no weight."""
+        """Return (the norm of the sum, the sum), or the sum twice if there is no weight."""
         if weight is None or stream is None or bias is not None:
             total = delta if stream is None else delta + stream
             return (total if weight is None else self.norm(total, weight, bias)), total
@@ -162,8 +165,8 @@ class Ops(ABC):
         return y, total
 
     def heads(self, weights: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [N, Hq, D], k and v [N, Hkv, D] of their projection; q and k normed and
-        turned."""
+        """Split a projection into q [N, Hq, D], k and v [N, Hkv, D], and return them; q and k are
+        normalised and rotated."""
         kv_heads = self.num_kv_heads
         heads = qkv.view(qkv.shape[0], self.num_heads + 2 * kv_heads, self.head_dim)
         q, k, v = heads.split((self.num_heads, kv_heads, kv_heads), dim=1)
@@ -176,13 +179,15 @@ class Ops(ABC):
         return q, k, v
 
     def _head_norm(self, x_NHD: Tensor, weight: Tensor) -> Tensor:
-        """Return the norm of each head, or of all heads together where the weight is as long."""
+        """Return the norm of each head, or of all heads together if the weight is as long as they
+        are."""
         if weight.shape[0] == self.head_dim:
             return self.norm(x_NHD, weight)
         return self.norm(x_NHD.flatten(1), weight).view(x_NHD.shape)
 
     def _turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn the first values of each head, as many as there are angles for; the rest stay."""
+        """Rotate the first values of each head, as many as there are angles for; the rest stay
+        unchanged."""
         turned = 2 * cos.shape[-1]
         if turned == self.head_dim:
             q, k = self.rope(q, k, cos, sin, impl=self.impl)
@@ -199,7 +204,7 @@ class Ops(ABC):
         embedding: Tensor,
         position_embedding: Tensor | None,
     ) -> Tensor:
-        """Return [N, H], what the first layer reads."""
+        """Return [N, H], the input of the first layer."""
         x_NH, scale = self.rows(ids_N, embedding), self.options.embedding_scale
         x_NH = x_NH if scale == 1.0 else x_NH * scale
         return (
@@ -216,7 +221,7 @@ class Ops(ABC):
         bias: Tensor | None,
         out_slots_R: Tensor | None = None,
     ) -> Tensor:
-        """Return [R, H], the last norm of these tokens' stream, or of all."""
+        """Return [R, H], the final norm of the stream of these tokens, or of all tokens."""
         if out_slots_R is not None:
             delta_NH, stream_NH = (
                 delta_NH[out_slots_R],
@@ -231,10 +236,10 @@ def layer(
     """Run layer `index` on a residual stream in two parts.
 
     Args:
-        delta_NH: what was last added.
-        stream_NH: what to add it to; None before the first layer.
+        delta_NH: output of the layer before (of the embedding, for the first layer).
+        stream_NH: the stream to add `delta_NH` to; None before the first layer.
     Returns:
-        (what the layer adds, the stream to add it to), [N, H] each.
+        (this layer's output, the stream to add it to), [N, H] each.
     """
     w, parallel = weights, ops.options.parallel
     h_NH, stream_NH = ops.add_norm(delta_NH, stream_NH, w.input_norm, w.input_norm_bias)
@@ -261,8 +266,8 @@ def add_adapter_(
     scale: float,
     linear: Linear | None = None,
 ) -> None:
-    """y += scale B u in each slice (first row, rows) of y's columns, in place; of u = A x [N, P r]
-    and b [all rows, r] each slice has its part."""
+    """Add scale B u, in place, to each slice of y's columns. A slice is (first row of the weight,
+    number of rows). u = A x [N, P r] and b [all rows, r] hold the parts of all slices."""
     r, done = b.shape[1], 0
     for index, (start, rows) in enumerate(slices):
         u, part, y = (

@@ -1,4 +1,4 @@
-"""LoRA on a decoder: give it adapters, see them under their Hugging Face names, merge them. The
+"""LoRA on a decoder: add adapters, view them under their Hugging Face names, merge them. The
 mathematics is in adapters.py."""
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fusedrl.engine.model.decoder import Decoder
 
 
 def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze a decoder's parameters and give it adapters, which alone are trained from now on. It
-    computes what it did before, until B moves from zero.
+    """Freeze a decoder's parameters and add adapters; only these are trained from now on. The
+    decoder's outputs stay the same until B changes from zero.
 
-    A is uniform in +- 1 / sqrt(inputs), drawn on the CPU in float32, so alike everywhere. Make the
-    optimizer afterwards.
+    A is uniform in +- 1 / sqrt(inputs), drawn on the CPU in float32, so it is the same on every
+    device. Create the optimizer afterwards.
 
     Raises:
-        ConfigError: a target that the family does not have, or a rank above both sides of a
-            projection.
-        ValueError: the decoder has an adapter already.
+        ConfigError: the family does not have one of the targets, or the rank is above both sides of
+            a projection.
+        ValueError: the decoder already has an adapter.
     """
     if decoder.lora is not None:
         raise ValueError(
@@ -56,8 +56,8 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
 
 
 def adapter_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every A and B under its Hugging Face module, as PEFT names them:
-    model.layers.0.self_attn.q_proj.lora_A.weight; views without gradient."""
+    """Return every A and B, as views without gradient, under the names that PEFT uses, such as
+    model.layers.0.self_attn.q_proj.lora_A.weight."""
     if decoder.lora is None:
         return {}
     views: dict[str, Tensor] = {}
@@ -73,8 +73,8 @@ def adapter_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def merging(decoder: Decoder) -> Callable[[str, Tensor], Tensor]:
-    """(Hugging Face name, tensor) -> W + s B A where the name is of an adapted weight and the
-    adapter is on; else the tensor itself."""
+    """Return a function (Hugging Face name, tensor) -> tensor. It returns W + s B A if the name is
+    that of an adapted weight and the adapter is on; else the tensor itself."""
     views = adapter_views(decoder) if decoder.adapter_enabled else {}
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Adapters in PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as
 base_model.model.model.layers.0.mlp.up_proj.lora_A.weight.
 
-A PEFT adapter of q_proj is one of the un-fused projection; so is a slice of ours (lora.py), and
-nothing is computed here.
+PEFT adapts the un-fused projections such as q_proj. Each adapter slice of this engine (lora.py)
+corresponds to one of these, so tensors are copied without any computation.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ def _strange(key: str, value: Any) -> bool:
 
 
 def save_adapter(decoder: Decoder, directory: str | Path, *, base_model: str | None = None) -> None:
-    """Write a decoder's adapter as PEFT reads it, in the decoder's dtype. A directory of an earlier
-    save is replaced as a whole.
+    """Write a decoder's adapter as PEFT reads it, in the decoder's dtype. If the directory holds an
+    earlier save, it is replaced as a whole.
 
     Args:
-        base_model: the directory or id of the model without it, for PEFT's base_model_name_or_path.
+        base_model: directory or id of the model without the adapter, for PEFT's
+            base_model_name_or_path.
     Raises:
         ValueError: the decoder has no adapter.
-        FileExistsError: `directory` holds something that is no part of a saved model.
+        FileExistsError: `directory` holds something that is not part of a saved model.
     """
     lora = decoder.lora
     if lora is None:
@@ -97,7 +98,7 @@ def save_adapter(decoder: Decoder, directory: str | Path, *, base_model: str | N
 
 
 def _no_adapter(directory: Path, lacking: str) -> str:
-    """What a path is that holds no adapter, or not both its files."""
+    """Return a message that tells what a path is that does not hold both files of an adapter."""
     if not directory.is_dir():
         return f"{directory} is a file" if directory.exists() else no_such(directory)
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
@@ -111,12 +112,12 @@ def _no_adapter(directory: Path, lacking: str) -> str:
 
 
 def load_adapter(decoder: Decoder, directory: str | Path) -> None:
-    """Put the LoRA adapter of a PEFT directory on a decoder that has none, in the decoder's dtype;
-    the base is frozen.
+    """Load the LoRA adapter of a PEFT directory into a decoder without an adapter, in the decoder's
+    dtype; the base is frozen.
 
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: another kind of adapter, a damaged file, or tensors that are not those of this
+        FileNotFoundError: the files do not exist.
+        ValueError: the adapter is of another kind, a file is damaged, or tensors do not fit this
             model's linear layers.
     """
     directory = Path(directory)

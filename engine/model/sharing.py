@@ -1,12 +1,12 @@
-"""A transformers model and a decoder on one storage: whoever trains the model trains the decoder,
-and nothing is copied again.
+"""Storage shared by a transformers model and a decoder: training the model trains the decoder, and
+nothing is copied again.
 
 `share` copies the model's weights once, a layer at a time, into fused storage, and points the
-model's own parameters at slices of it (the views of `weights.hf_views`). The model goes on working
-as before: its parameters are the same objects, for its optimizer too. Each has a torch storage of
-its own over its part of that memory, so that whoever saves the model (safetensors, accelerate,
-torch.save) sees tensors that share nothing and writes them all. Whether the parameters stay there
-is watched (watch.py).
+model's own parameters at slices of it (the views of `weights.hf_views`). The model keeps working as
+before: its parameters are the same objects, also for its optimizer. Each parameter has its own
+torch storage over its part of that memory. Programs that save the model (safetensors, accelerate,
+torch.save) therefore see tensors that share no storage, and write them all. watch.py checks that
+the parameters stay in that memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fusedrl.engine.model.weights import hf_views
 
 
 def shared_config(module: nn.Module) -> ModelConfig:
-    """The configuration of a transformers model, as its config and generation_config now say.
-    Raises as `share`."""
+    """Return the configuration of a transformers model, from its present config and
+    generation_config. Raise the errors of `share`."""
     config = getattr(module, "config", None)
     if not isinstance(module, nn.Module) or not hasattr(config, "to_json_string"):
         raise TypeError(
@@ -47,11 +47,11 @@ def shared_config(module: nn.Module) -> ModelConfig:
 
 
 def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig:
-    """The rotary frequencies that the model holds: those of its configuration, or these rounded, as
-    `model.to(torch.bfloat16)` leaves them.
+    """Return the configuration with the rotary frequencies that the model holds. They must be those
+    of its configuration, or these rounded, as `model.to(torch.bfloat16)` does.
 
     Raises:
-        ValueError: they are others.
+        ValueError: the model's frequencies are not those of its configuration.
     """
     found: dict[str, Any] = {}
     for name, b in floating_buffers(module):
@@ -90,8 +90,8 @@ def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig
 
 
 def _check_plain(module: nn.Module, decoder: Decoder) -> None:
-    """Raise ValueError, with a list, unless a model has the parameters of the decoder and computes
-    as transformers' plain one."""
+    """Raise ValueError, with a list of differences, unless a model has the decoder's parameters and
+    computes like transformers' unmodified model."""
     import transformers
 
     config, parameters = decoder.config, dict(module.named_parameters())
@@ -142,17 +142,18 @@ def _check_plain(module: nn.Module, decoder: Decoder) -> None:
 
 
 def share(module: nn.Module) -> Decoder:
-    """A decoder for a transformers causal language model, on storage that both use from now on.
+    """Create a decoder for a transformers causal language model, on storage that both use from now
+    on.
 
-    Beyond the model itself this takes the memory of one layer (of the embeddings, if they are
+    In addition to the model, this needs the memory of one layer (or of the embeddings, if they are
     larger).
 
     Raises:
-        TypeError: no transformers model, or parameters of several dtypes or devices, or sharded
-            ones.
-        ValueError: a family or feature that the decoder does not have, or parameters that the
-            family does not have (an adapter, a head of another task); the message lists them.
-            Nothing is changed then.
+        TypeError: `module` is not a transformers model, or its parameters are sharded, or of
+            several dtypes or on several devices.
+        ValueError: the decoder does not support the model's family or a feature, or the model has
+            parameters that its family does not (an adapter, a head of another task); the message
+            lists them. The model is then unchanged.
     """
     parsed = shared_config(module)
     parameters = dict(module.named_parameters())

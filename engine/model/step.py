@@ -1,32 +1,33 @@
-"""One step of a decoder over the paged KV cache: from token ids to the hidden states that the head
-reads.
+"""One step of a decoder over the paged KV cache: from token ids to the hidden states, the input of
+the head.
 
     x = embedding[ids]
     for each layer: k, v of every token -> cache, attention over the cache positions
     max(0, pos - window + 1) .. pos of the token's row, the rest as in layer.py;   norm(x)
 
-One call serves decoding (one token a sequence) and chunks of prompts (many tokens of a row), mixed
-in any way.
+One call may mix decoding (one token of a sequence) and chunks of prompts (many tokens of a
+sequence) in any way.
 
-Shapes    N tokens, R of them read out, B rows of the block table, M blocks a row, L layers, H
-          hidden, D head dim, Hq query and Hkv key/value heads, S positions a block. k_cache [L,
-          blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a block are
-          vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
-cpp       all of it one native op (kernels/decode_step.py).
-triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_attention, swiglu, and
-          matrix products between them: split_linear's of bfloat16 weights, torch's of others, or
-          `fixed_linear`'s, whose rows do not depend on one another. A family that turns q and k in
-          part, not at all, or norms all their heads together has rope or nothing, and torch's cache
-          write. Every token of a prompt walks the cached positions before it on its own; no row is
-          gathered.
+Shapes    N tokens, R of them read out, B rows (sequences) of the block table, M blocks per row, L
+          layers, H hidden, D head dim, Hq query and Hkv key/value heads, S positions per block.
+          k_cache [L, blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a
+          block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
+cpp       one native op computes everything (kernels/decode_step.py).
+triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_attention, swiglu, with
+          matrix products between them. The products are split_linear's for bfloat16 weights,
+          torch's for other dtypes, or `fixed_linear`'s, whose rows do not depend on one another. If
+          a family rotates q and k in part or not at all, or norms all heads together, rope (if any)
+          is a separate op and torch writes the cache. Every token of a prompt reads the cached
+          positions before it by itself; no row is gathered.
 torch     `layer` over plain torch, in any float dtype.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the
           weights' dtype; the RMSNorm rounds before it multiplies by its weight (with an offset,
-          after), as transformers' does. With a float32 cache beside bfloat16 weights nothing is
-          rounded but the result (cpp: without one, too, but for the cache). Triton keeps everything
-          between bfloat16 weights in float32, but for q, k, v and what attention gives, which are
-          of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A
-          slot that was not written, or a block of no row, is never read into a result.
+          after), as transformers' does. With a float32 cache and bfloat16 weights only the result
+          is rounded (in cpp also with another cache, except for the cache itself). Between bfloat16
+          weights, Triton keeps everything in float32 except q, k, v and the output of attention.
+          These have the cache's dtype: float16, which has 11 bits where bfloat16 has 8
+          (`cache_dtype`). A slot that was not written, or a block of no row, never affects a
+          result.
 Source    Kwon et al. (2023), PagedAttention; and layer.py's.
 """
 
@@ -59,11 +60,11 @@ _GATHERED_TOKENS = 128
 
 
 class Adapter(NamedTuple):
-    """LoRA on the four products of every layer: of each adapted slice of a product's rows, y +=
-    scale B (A x).
+    """LoRA on the four products of every layer: y += scale B (A x) for each adapted slice of a
+    product's rows.
 
-    P adapted slices of a product have A [r, in] and B [rows, r] each, held one below the other: a
-    [P r, in], b [all their rows, r].
+    Each of the P adapted slices of a product has A [r, in] and B [rows, r]. They are stacked as a
+    [P r, in] and b [all their rows, r].
     """
 
     # per layer a and b of qkv, of o, of gate_up, of down; None twice where nothing is adapted
@@ -76,8 +77,8 @@ class Adapter(NamedTuple):
     def add_(
         self, y_NO: Tensor, x_NK: Tensor, layer: int, product: int, linear: Linear | None = None
     ) -> Tensor:
-        """Add its part to a product's result, in place; nothing where it has none. `linear` makes
-        both of its products; None: torch, in x's dtype."""
+        """Add the adapter's output to a product's result, in place; do nothing if the product is
+        not adapted. `linear` computes the adapter's two products; None uses torch, in x's dtype."""
         a, b = self.layers[layer][2 * product : 2 * product + 2]
         if a is not None and b is not None:
             u_NR = F.linear(x_NK, a.to(x_NK.dtype)) if linear is None else linear(x_NK, a, None)
@@ -94,7 +95,7 @@ class Adapter(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """A decoder's parameters and the numbers that shape its arithmetic."""
+    """Parameters of a decoder, and the numbers that its arithmetic depends on."""
 
     embedding: Tensor  # [V, H]
     layers: tuple[LayerWeights, ...]
@@ -113,21 +114,21 @@ class DecoderWeights(NamedTuple):
 
 # ---- dtypes --------------------------------------------------------------------------------------
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute in between the weights of a decoder of this dtype: float32
-    between bfloat16 weights; else their own dtype."""
+    """Return the dtype of activations for weights of this dtype: float32 for bfloat16 weights; else
+    the weights' own dtype."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def on_tensor_cores(device: torch.device) -> bool:
-    """Whether products take numbers of two bytes there: on a GPU, and where Triton's interpreter
-    stands for one. Float32 is then split in two (kernels/split_linear.py), and attention is of
-    `cache_dtype`."""
+    """Whether matrix products on this device take two-byte numbers: on a GPU, and if Triton's
+    interpreter replaces one. Float32 is then split in two (kernels/split_linear.py), and attention
+    is computed in `cache_dtype`."""
     return _IMPLS.choose(device) == "triton"
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to cache keys and values in, and to attend in, for a decoder of this dtype:
-    float16 for bfloat16 on tensor cores, which has three bits more; else `activation_dtype`."""
+    """Return the dtype of the KV cache and of attention for a decoder of this dtype. It is float16
+    for bfloat16 on tensor cores, since float16 has three bits more; else `activation_dtype`."""
     return (
         torch.float16
         if dtype == torch.bfloat16 and on_tensor_cores(device)
@@ -136,14 +137,15 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def weight_dtypes(device: torch.device, impl: str | None = None) -> tuple[torch.dtype, ...]:
-    """The dtypes of weights that an implementation takes; None: the best one for the device."""
+    """Return the dtypes of weights that an implementation supports. If `impl` is None, take the
+    best implementation for the device."""
     return (torch.float32, torch.bfloat16) if _IMPLS.choose(device, impl) == "cpp" else FLOATS
 
 
 # ---- the operations of a layer over the cache ----------------------------------------------------
 class _Paged(Ops):
-    """What the reference and the composition have in common: where every token's keys and values
-    lie, and activations of `dtype`."""
+    """Common part of the reference and the composition: positions of every token's keys and values
+    in the cache, and activations of `dtype`."""
 
     def __init__(
         self,
@@ -177,7 +179,7 @@ class _Paged(Ops):
         return table[ids_N].to(self.dtype)
 
     def write(self, index: int, k: Tensor, v: Tensor) -> None:
-        """The tokens' k and v [N, Hkv, D] into one layer's caches, in place."""
+        """Write the tokens' k and v [N, Hkv, D] into one layer's caches, in place."""
         keys, values = self.keys[index], self.values[index]
         keys[self.block_N, :, :, self.slot_N] = k.to(keys.dtype)
         values[self.block_N, :, self.slot_N] = v.to(values.dtype)
@@ -203,7 +205,8 @@ def _plain_rope(
 
 
 class _Reference(_Paged):
-    """Plain torch, on any device and in any float dtype (float64 is the oracle)."""
+    """Operations in plain torch, on any device and in any float dtype (float64 is the reference for
+    tests)."""
 
     rms_norm, rope = staticmethod(_plain_rms_norm), staticmethod(_plain_rope)
 
@@ -243,8 +246,8 @@ class _Reference(_Paged):
 
 
 class _Composition(_Paged):
-    """The ops of kernels, one after the other. `product`: of activations and weights; `fixed`: a
-    row's bits are its own."""
+    """Operations composed of the ops in kernels. `product`: computes activations times weights;
+    `fixed`: the bits of a row do not depend on other rows."""
 
     def __init__(self, *where: Any, product: Linear, fixed: bool) -> None:
         super().__init__(*where)
@@ -292,8 +295,8 @@ class _Composition(_Paged):
         )
 
     def _in_one(self, weights: LayerWeights) -> bool:
-        """Whether rope_and_cache serves: all of a head turns, and norms are of each head, by the
-        weight alone."""
+        """Whether the op rope_and_cache can be used: all of a head is rotated, and norms are per
+        head and multiply by the weight alone."""
         if weights.rope < 0 or 2 * self.angles[weights.rope][0].shape[-1] != self.head_dim:
             return False
         norms = [weight for weight in (weights.q_norm, weights.k_norm) if weight is not None]
@@ -309,7 +312,7 @@ class _Composition(_Paged):
 
 
 def _product_of(dtype: torch.dtype, fixed: bool) -> Linear:
-    """The products with weights of `dtype`."""
+    """Return the function that multiplies with weights of `dtype`."""
     if fixed:
         return partial(fixed_linear, impl="triton")
     return split_linear if dtype == torch.bfloat16 else F.linear
@@ -322,7 +325,7 @@ def _composed(
     positions_N: Tensor,
     out_slots_R: Tensor | None,
 ) -> Tensor:
-    """The step, layer by layer."""
+    """Compute the step, layer by layer."""
     delta_NH, stream_NH = (
         ops.embed(token_ids_N, positions_N, weights.embedding, weights.position_embedding),
         None,
@@ -382,10 +385,10 @@ def allocate_cache(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """An empty paged cache for a decoder, on its device: (k_cache, v_cache), 2 L Hkv D elements a
-    position; in `dtype`, or in the weights'.
+    """Allocate an empty paged cache for a decoder, on its device: (k_cache, v_cache), 2 L Hkv D
+    elements per position. Its dtype is `dtype`, or by default that of the weights.
 
-    The memory is not initialised: nothing reads a slot before `decode_step` has written it.
+    The memory is not initialised: `decode_step` writes every slot before anything reads it.
     """
     L, heads, D = len(weights.layers), weights.num_kv_heads, weights.head_dim
     return (
@@ -404,7 +407,8 @@ def _check_ranges(
     size: int,
     out_slots_R: Tensor | None,
 ) -> None:
-    """What the cpp op checks itself: torch's indexing would take a negative index from the end."""
+    """Check that indices are in range, as the cpp op does itself: torch would count a negative
+    index from the end."""
     B, M = block_table_BM.shape
     positions = (
         M * size
@@ -447,7 +451,7 @@ def _chosen(
     fixed: bool,
     impl: str | None,
 ) -> str:
-    """The implementation of a call, whose sizes, devices and dtypes agree."""
+    """Check that sizes, devices and dtypes agree, and return the implementation of a call."""
     op, dtype = "decode_step", weights.embedding.dtype
     L, D, Hkv = len(weights.layers), weights.head_dim, weights.num_kv_heads
     check(
@@ -503,29 +507,29 @@ def decode_step(
     No gradient.
 
     Args:
-        weights: the live parameters, of one dtype; cpp takes float32 and bfloat16.
+        weights: the live parameters, all of one dtype; cpp supports float32 and bfloat16.
         token_ids, positions, rows: [N] int64. Token n is at `positions[n]` of the sequence whose
-            blocks are `block_table[rows[n]]`. Every position before it in its window is in the
-            cache or among the tokens of this call; no (row, position) comes twice.
+            blocks are `block_table[rows[n]]`. Every earlier position in token n's window must be in
+            the cache or among the tokens of this call. No (row, position) may occur twice.
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot
-            p % S. Entries that no token needs may hold anything.
+            p % S. Entries that no token needs may have any value.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype
             (`allocate_cache`), in float32, or for triton and torch in float16 beside bfloat16
             weights (`cache_dtype`); written in place.
-        out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
-        fixed: the bits of a token do not depend on the other tokens of the call. They never do in
-            cpp; triton then takes `fixed_linear` for its products (float32 and bfloat16); torch
-            cannot.
+        out_slots: [R] int64, the tokens whose hidden states to return; None returns all.
+        fixed: make the bits of a token independent of the other tokens of the call. In cpp they
+            always are; triton then uses `fixed_linear` for its products (float32 and bfloat16);
+            torch cannot do this.
         impl: "cpp" (CPU), "triton" (not float64) or "torch"; by default the best one for the
             device.
     Returns:
         [R, H] hidden states after the final norm, in the weights' dtype. The head is
         `weights.head`.
     Raises:
-        ValueError: sizes or devices that do not agree.
-        TypeError: dtypes.
+        ValueError: sizes or devices do not agree.
+        TypeError: dtypes are not supported or do not agree.
         RuntimeError: `impl` cannot run here.
-        IndexError: an id, a position or a block out of range (on CPU).
+        IndexError: an id, a position or a block is out of range (on CPU).
     """
     chosen = _chosen(
         weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, fixed, impl

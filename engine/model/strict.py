@@ -1,8 +1,9 @@
-"""Strict numerics: what the trainer computes of a token is, bit for bit, what the sampler computed.
+"""Strict numerics: the trainer's numbers for a token are, bit for bit, those of the sampler.
 
-The sampler runs `decode_step` and `fixed_linear`, whose sums have one order whatever stands in a
-batch: in C++ on a CPU, in Triton on a GPU. So the strict training forward runs the same two, over a
-cache of its own, and takes its gradient from the ordinary forward, recomputed in the backward pass:
+The sampler runs `decode_step` and `fixed_linear`, whose sums have the same order whatever else is
+in a batch: in C++ on a CPU, in Triton on a GPU. The strict training forward runs the same two, over
+a separate cache. Its gradient is that of the ordinary forward, which is recomputed in the backward
+pass:
 
     outputs     decode_step, fixed_linear, logprob       bits that do not depend on companions,
                                                          chunks, preemption or prefix hits
@@ -11,8 +12,8 @@ cache of its own, and takes its gradient from the ordinary forward, recomputed i
                                                            activations, too
 
 Shapes    N tokens, H hidden, V vocabulary, R rows that have a label.
-Cost      a forward more in every training pass, in which each token reads the keys and values
-          before it on its own.
+Cost      one more forward in every training pass, in which each token reads the keys and values
+          before it by itself.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ _WORKSPACE = 64 << 20  # bytes of logits held at a time
 
 
 def _impl(device: torch.device) -> str:
-    """The implementation whose rows do not depend on one another, whatever else is preferred."""
+    """Return the implementation whose rows do not depend on one another, even if another one is
+    preferred."""
     return "triton" if device.type == "cuda" or on_tensor_cores(device) else "cpp"
 
 
 def strict_fault(decoder: Decoder) -> str | None:
-    """Why a decoder's numerics cannot be strict; None where they can."""
+    """Return the reason why a decoder's numerics cannot be strict; None if they can."""
     if decoder.device.type not in ("cpu", "cuda"):
         return f"there are none for {decoder.device.type}"
     if decoder.dtype not in (torch.float32, torch.bfloat16):
@@ -57,7 +59,7 @@ def strict_step(
     v_cache: Tensor,
     out_slots_R: Tensor | None = None,
 ) -> Tensor:
-    """`decode_step`, each token's bits a function of its own sequence alone."""
+    """Run `decode_step` so that each token's bits depend only on the token's sequence."""
     return decode_step(
         weights,
         token_ids_N,
@@ -73,7 +75,7 @@ def strict_step(
 
 
 def _trained(decoder: Decoder, adapted: bool) -> list[Tensor]:
-    """The parameters that a gradient reaches: not those of an adapter that is off."""
+    """Return the parameters that get a gradient, which excludes those of an adapter that is off."""
     return [
         p
         for name, p in decoder.named_parameters()
@@ -129,8 +131,8 @@ def strict_hidden(
     max_length: int,
     block_size: int,
 ) -> Tensor:
-    """`Decoder.forward` with the sampler's bits: [N, H], differentiable in the parameters.
-    `block_size`: that of the sampler's cache."""
+    """Compute `Decoder.forward` with the sampler's bits: [N, H], differentiable in the parameters.
+    `block_size`: block size of the sampler's cache."""
     parameters = _trained(decoder, decoder.adapter_enabled)
     return _Hidden.apply(
         decoder, block_size, (token_ids_N, positions_N, cu_seqlens_B1, max_length), *parameters
@@ -138,15 +140,17 @@ def strict_hidden(
 
 
 def strict_logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None = None) -> Tensor:
-    """[R, V] float32, each row a function of its hidden state and the head alone. No gradient."""
+    """Return logits [R, V] float32; each row depends only on its hidden state and the head. No
+    gradient."""
     return fixed_linear(hidden_RH, head_VH, softcap=softcap, impl=_impl(hidden_RH.device))
 
 
 def strict_row_logprob(
     logits_RV: Tensor, token_ids_R: Tensor, temperature: float | Tensor, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy), [R] float32: of a row's bits, whatever the rest of the batch asks for; of
-    the tokens `kept` of it alone, where some are."""
+    """Return (logp, entropy), [R] float32, of rows of logits. A row's results depend on this row
+    alone, whatever other rows of the batch request. If the row has `kept` tokens (those that top-k,
+    top-p or min-p left), the distribution is over these alone."""
     T_R = (
         torch.as_tensor(temperature, dtype=torch.float32, device=logits_RV.device)
         .expand(len(token_ids_R))
@@ -181,8 +185,8 @@ class _Linear(torch.autograd.Function):
 
 
 def strict_linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor) -> Tensor:
-    """[N, O] float32 of float32, each row a function of its row of x and the weights alone.
-    Differentiable in all three."""
+    """Return x W^T + b, [N, O] float32; each row depends only on its row of x and the weights.
+    Differentiable in all three arguments."""
     return _Linear.apply(x_NK, weight_OK, bias_O)
 
 
@@ -252,6 +256,6 @@ def strict_logprob(
     ignore_index: int = -100,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` with the sampler's bits: (logp, entropy), [N] float32, differentiable in the
-    hidden states and the head."""
+    """Compute `linear_logprob` with the sampler's bits: (logp, entropy), [N] float32,
+    differentiable in the hidden states and the head."""
     return _Logprob.apply(hidden_NH, head_VH, labels_N, temperature, softcap, ignore_index, kept)

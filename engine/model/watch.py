@@ -1,27 +1,29 @@
-"""Watch: are the weights that are read still the ones that are trained, and have they changed?
+"""Watch: checks whether the weights that are read are still those that are trained, and whether
+they have changed.
 
 A decoder's parameters are read in two ways: the training forward goes through its modules, the
-sampler through one flat tuple of tensors (`Decoder.weights`); and a transformers model may lie in
-the same storage (sharing.py). What keeps them one is checked wherever weights are read:
+sampler through one flat tuple of tensors (`Decoder.weights`). A transformers model may also share
+the storage (sharing.py). Whenever weights are read, three checks make sure that all of these still
+see the same weights:
 
-    structure      every module and parameter is the object that it was, under its name, where it
-                   was in memory
-    counts         autograd's count of in-place writes of each parameter, and the steps of
-                   `torch.optim` optimizers on any of them, whose fused forms do not count
-    fingerprint    the memory itself: for writes that nobody counts (through `.data`, numpy, DLPack,
-                   a replayed graph)
+    structure      every module and parameter is the same object as before, under the same name and
+                   at the same address in memory
+    counts         autograd's count of in-place writes to each parameter, and the number of steps of
+                   `torch.optim` optimizers on parameters, since fused optimizers skip that count
+    fingerprint    the memory itself, for uncounted writes (through `.data`, numpy, DLPack, a
+                   replayed graph)
 
 Cost      structure and counts: under a microsecond a parameter. The fingerprint is the first row of
           every parameter, bit for bit, and the sum of every row's bits as 64-bit integers. It reads
           the weights once, in about half the time of a decoding step of one sequence, at the start
-          of every call that generates. While a stream is under way the first rows alone are looked
-          at, each time that its consumer had the word.
+          of every call that generates. During a stream only the first rows are checked, each time
+          the stream resumes after its consumer ran.
 Found     at the start of a call: every write that changes one element or one row, or the order of
           rows or of columns.
 Missed    words of 8 bytes that change places within a single row that is not the first; changes of
           several words of a row that cancel as integers. Within a stream, until the next call:
-          uncounted writes that leave all first rows alone. What modules compute with beside their
-          parameters is watched by beside.py.
+          uncounted writes that change no first row. beside.py watches what modules compute with in
+          addition to their parameters.
 """
 
 from __future__ import annotations
@@ -59,9 +61,11 @@ _count = attrgetter("_version")
 
 
 class Watch:
-    """Watches a decoder, and the transformers model that lives in its storage, where there is one.
+    """Watch over a decoder, and over the transformers model that shares its storage, if there is
+    one.
 
-    `version` counts the changes that were noticed or told. Threads may share it.
+    `version` counts the changes that were noticed, or reported by `mark`. Several threads may use
+    one Watch.
     """
 
     def __init__(self, decoder: Decoder, module: nn.Module | None = None) -> None:
@@ -107,20 +111,20 @@ class Watch:
 
     # ---- looking ---------------------------------------------------------------------------------
     def look(self, depth: Depth | None = None, *, lightly: bool = False) -> int:
-        """The version of the weights as they now are: a new one where they were written to, or
-        replaced, since the last look.
+        """Check the weights and return their present version. It is a new one if the weights were
+        written to, or replaced, since the last check.
 
         Args:
-            depth: how far who generates looks: at what is counted, at the first rows of the
-                parameters as well, or at all of their memory. None: at what is counted, for who
-                only reads the weights as they are and keeps nothing that was computed from them.
-            lightly: not at addresses, shapes, strides and dtypes, which can change alone only where
-                somebody assigns to `.data`, nor beside the parameters; for who has looked just
-                before.
+            depth: how much to compare before generating: counted writes only, the first rows of the
+                parameters as well, or all of their memory. None: counted writes only, for callers
+                that read the present weights and keep nothing computed from them.
+            lightly: do not check addresses, shapes, strides and dtypes (which can change on their
+                own only by an assignment to `.data`), nor anything besides the parameters. For
+                callers that have made a full check just before.
         Raises:
-            RuntimeError: the weights are not what they were in a way that cannot be followed; the
-                message says what to do. Nothing is changed then: the next look finds the same, or
-                that it was undone.
+            RuntimeError: the weights have changed in a way that cannot be tracked; the message says
+                what to do. The recorded state is unchanged, so the next check raises the same error
+                unless the change was undone.
         """
         with self._lock:
             moved = self._moved(lightly)
@@ -146,8 +150,8 @@ class Watch:
             return self.version
 
     def mark(self) -> None:
-        """Somebody tells of a change: one new version, whether or not it would have been
-        noticed."""
+        """Record that the weights changed: increase the version by one, whether or not the change
+        would have been noticed."""
         with self._lock:
             before = self.version
             self.look()
@@ -155,7 +159,7 @@ class Watch:
             self._rows = self._sums = None
 
     def _moved(self, lightly: bool) -> bool:
-        """Whether a module or a parameter is another, or elsewhere."""
+        """Whether a module or a parameter was replaced, or moved in memory."""
         if list(chain.from_iterable(self._slots)) != self._names or not all(
             map(is_, chain.from_iterable(map(dict.values, self._slots)), self._held)
         ):
@@ -168,8 +172,8 @@ class Watch:
         )
 
     def _written(self, depth: Depth) -> bool:
-        """Whether the memory is not what it was when a fingerprint was last taken; where there is
-        none, one is taken."""
+        """Whether the memory differs from the last fingerprint. If there is no fingerprint, take
+        one."""
         if self._rows is None or self._sums is None:
             self._rows, self._sums = self._first_rows(), self._row_sums()
             return False
@@ -184,8 +188,8 @@ class Watch:
 
     @torch.no_grad()
     def _first_rows(self) -> Tensor:
-        """Their bits, so that NaN is itself. The views are made anew each time: kept, they would
-        hold memory that the weights have left."""
+        """Return the first rows of the parameters as bits, so that NaN equals itself. The views are
+        made anew each time: stored views would keep memory that the weights no longer use."""
         firsts = [p[0] if p.ndim > 1 else p for p in self._own]
         return torch.cat([*firsts, *(_rest(p) for p in self._ragged)]).view(torch.uint8)
 
@@ -195,8 +199,8 @@ class Watch:
 
     # ---- what is watched -------------------------------------------------------------------------
     def _take(self) -> None:
-        """Take note of the weights as they are, if they can be generated from, and have the sampler
-        read these."""
+        """Record the present weights, if the sampler can use them, and let the sampler read
+        them."""
         self._check_decoder()
         if self._module is not None:
             self._check_module(self._module)
@@ -328,8 +332,8 @@ class Watch:
             )
 
     def _follow_config(self, module: nn.Module) -> None:
-        """The configuration was written to: take over what changes no number, such as the ids that
-        end a completion."""
+        """Update the configuration after somebody wrote to it: take over entries that do not affect
+        any computation, such as the ids that end a completion."""
         books = _books(module)
         try:
             now = shared_config(module)
@@ -365,9 +369,9 @@ class Watch:
     # ---- threads ---------------------------------------------------------------------------------
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
-        """No `torch.optim` optimizer of another thread writes to the weights within the block; one
-        that wants to waits, and one that does is waited for, as long as its step is under way: one
-        that raised is over."""
+        """Keep `torch.optim` optimizers of other threads from writing to the weights within the
+        block. Wait first for an optimizer step in progress to end; a step that begins later waits
+        for the block. A step that raised an error has ended."""
         entered = self._enter()
         try:
             yield
@@ -376,8 +380,8 @@ class Watch:
                 self._still.release()
 
     def _enter(self) -> bool:
-        """Wait until nobody reads or writes the weights, and keep others from it. False: this
-        thread's own step does already."""
+        """Wait until no other thread reads or writes the weights, then lock them. Return False if
+        an optimizer step of this thread holds the lock already."""
         while True:
             if (writer := self._writer) and not self._under_way():
                 self._end(writer)
@@ -387,8 +391,8 @@ class Watch:
                 return True
 
     def _under_way(self) -> bool:
-        """Whether the step that began last is still on the stack of its thread. One that raised has
-        no post hook."""
+        """Whether the optimizer step that began last is still on the stack of its thread. (The post
+        hook does not run for a step that raised an error.)"""
         frame = sys._current_frames().get(self._writer)
         while frame is not None and frame is not self._step:
             frame = frame.f_back
@@ -402,15 +406,15 @@ class Watch:
                 self._still.release()
 
     def _stepping(self, optimizer: Optimizer) -> None:
-        """The step that begins waits for the decoding step of another thread."""
+        """Let an optimizer step that begins wait for the decoding step of another thread."""
         if self._ours(optimizer) and self._enter():  # not within a step of a class above
             # of the function that calls the hooks and the step
             self._writer, self._step = threading.get_ident(), sys._getframe(2)
 
     # ---- optimizers ------------------------------------------------------------------------------
     def _stepped(self, optimizer: Optimizer) -> None:
-        """Fused optimizers write without autograd's count, so optimizer steps are listened for: on
-        a parameter, or on a tensor that begins where one does."""
+        """Count an optimizer step on a parameter, or on a tensor that begins at a parameter's
+        address. Needed because fused optimizers write without increasing autograd's count."""
         self._steps += self._ours(optimizer)
         if self._step is sys._getframe(2):
             self._end(threading.get_ident())
@@ -424,9 +428,9 @@ class Watch:
         )
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
-        """Fused optimizers pair values by their place in memory. Autograd lays a gradient out as
-        its parameter; who assigns one may not, and a parameter of [in, out] is a transposed view
-        here."""
+        """Check that gradients have the memory layout of their parameters, because fused optimizers
+        pair values by position in memory. Autograd makes them so, but an assigned gradient may
+        differ, and a parameter of [in, out] is a transposed view here."""
         fused = {
             id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]
         }
@@ -457,8 +461,8 @@ def _refuse(what: str, remedy: str) -> None:
 
 
 def _books(module: nn.Module, before: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """What the configurations of a transformers model say, copied; `before` itself where it is
-    that."""
+    """Return a copy of the entries of a transformers model's configurations; `before` itself if
+    nothing has changed."""
     now = [
         vars(found)
         for name in ("config", "generation_config")
@@ -478,8 +482,8 @@ def _same_place(p: Tensor, view: Tensor) -> bool:
 
 
 def _words(p: Tensor) -> Tensor:
-    """[R, C] int64: the memory of a matrix by rows, or by as few rows together as make whole words.
-    What is left of the last rows is not in it (`_rest`)."""
+    """Return the memory of a matrix as [R, C] int64, by rows, or by the smallest number of rows
+    that make whole words. Remaining last rows are left out (see `_rest`)."""
     size = p.element_size()
     if p.storage_offset() * size % 8:
         p = p.clone()
@@ -495,5 +499,5 @@ def _together(p: Tensor) -> int:
 
 
 def _rest(p: Tensor) -> Tensor:
-    """The rows of a matrix that are not in `_words`."""
+    """Return the rows of a matrix that `_words` leaves out."""
     return p[len(p) - len(p) % _together(p) :].reshape(-1)

@@ -1,11 +1,11 @@
-"""Weights in and out: Hugging Face directories, with the Hugging Face names as views of the fused
-parameters.
+"""Loading and saving of weights as Hugging Face directories. The Hugging Face names are views of
+the fused parameters.
 
 Loading copies one tensor at a time from the memory-mapped file into its view, so a load needs no
 second copy of the model. Saving writes a temporary sibling of the directory and renames it, so the
 final name never holds half a model.
 
-One file: what is written is what is read, name by name.
+One file: loading and saving use the same names.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ _NORMS = {
 
 # ---- names ---------------------------------------------------------------------------------------
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every parameter under its Hugging Face name, as a view of the fused storage without gradient.
-    A tied head is not listed.
+    """Return every parameter under its Hugging Face name, as a view of the fused storage without
+    gradient. A tied head is left out.
 
-    A view of three or four dimensions holds rows that stand elsewhere here: `file_shape` says how
-    they lie in a file.
+    Some families order the rows of a parameter differently. Their views have three or four
+    dimensions; `file_shape` gives the shape in a file.
     """
     c = decoder.config
     if c.model_type in _VIEWS:
@@ -132,7 +132,8 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def _gpt2_views(decoder: Decoder) -> dict[str, Tensor]:
-    """GPT-2's names. Its linear layers (Conv1D) hold [in, out]: transposed views of ours."""
+    """Return the views for GPT-2, whose linear layers (Conv1D) are [in, out]: transposed views of
+    the parameters here."""
     views = {
         "transformer.wte.weight": decoder.embedding,
         "transformer.wpe.weight": decoder.position_embedding,
@@ -157,8 +158,8 @@ def _gpt2_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def _neox_views(decoder: Decoder) -> dict[str, Tensor]:
-    """GPT-NeoX's names. The rows of its fused projection are q, k and v of the first head, then of
-    the next: [heads, 3, D, H] of ours, [3, heads, D, H]."""
+    """Return the views for GPT-NeoX. The rows of its fused projection are q, k and v of the first
+    head, then of the next, [heads, 3, D, H]; here they are [3, heads, D, H]."""
     c = decoder.config
     views: dict[str, Tensor | None] = {"gpt_neox.embed_in.weight": decoder.embedding}
     for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
@@ -190,7 +191,7 @@ _VIEWS = {"gpt2": _gpt2_views, "gpt_neox": _neox_views}
 
 
 def file_shape(view: Tensor) -> list[int]:
-    """The shape that one of `hf_views` has in a file."""
+    """Return the shape that a view of `hf_views` has in a file."""
     return list(view.shape) if view.ndim < 3 else [view.shape[:3].numel(), *view.shape[3:]]
 
 
@@ -199,12 +200,12 @@ DEVICES = ("cpu", "cuda")  # types that the kernels are made for
 
 # ---- loading -------------------------------------------------------------------------------------
 def read_model_config(model: str) -> ModelConfig:
-    """The configuration of a model directory, of a config.json, or of a Hugging Face id (of which
-    nothing else is fetched).
+    """Return the configuration of a model directory, of a config.json, or of a Hugging Face id
+    (only its configuration is downloaded).
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not one of a model that the decoder knows.
+        FileNotFoundError: there is no configuration.
+        ValueError: the decoder does not support the model.
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
@@ -223,8 +224,8 @@ def read_model_config(model: str) -> ModelConfig:
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device itself, or the best there is: CUDA, else the CPU. Raises ValueError for one that
-    no kernel here has been made for."""
+    """Return the device, or for None the best one: CUDA if there is a GPU, else the CPU. Raise
+    ValueError if the engine has no kernels for the device."""
     found = torch.device(
         device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -237,8 +238,8 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -> torch.dtype:
-    """ "auto" is float32 on CPU and bfloat16 on CUDA; names such as "bfloat16" and dtypes stand for
-    themselves."""
+    """Return the dtype that `dtype` names: "auto" is float32 on CPU and bfloat16 on CUDA. Names
+    such as "bfloat16" and torch dtypes are also accepted."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -254,14 +255,15 @@ def load_decoder(
     """Load a decoder from a Hugging Face directory or id.
 
     Args:
-        dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files
-            hold.
-        device: of the parameters; None is the best there is (CUDA, else the CPU).
+        dtype: dtype of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever
+            dtype the files have.
+        device: device of the parameters; None chooses CUDA if there is a GPU, else the CPU.
     Raises:
-        FileNotFoundError: no such directory, no weights (pickled ones are not read), or a shard
-            missing.
-        ValueError: an unknown model_type, a damaged file, a weight_map that leaves the directory,
-            or tensors that are missing, unexpected or of another shape (listed).
+        FileNotFoundError: there is no such directory, it has no weights (pickled ones are not
+            read), or a shard is missing.
+        ValueError: the model_type is unknown, a file is damaged, the weight_map leads out of the
+            directory, or tensors are missing, unexpected or of another shape (the message lists
+            them).
     """
     directory = resolve_directory(path)
     config = load_config(directory)
@@ -277,11 +279,11 @@ def load_decoder(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The transformers tokenizer of a directory or id; None where there is none. Code that comes
-    with it is never run.
+    """Load the transformers tokenizer of a directory or id; return None if there is none. Code that
+    comes with a tokenizer is never run.
 
     Raises:
-        ValueError: transformers knows no such tokenizer, or cannot read its files.
+        ValueError: transformers does not know the tokenizer, or cannot read its files.
     """
     from transformers import AutoTokenizer
 
@@ -311,7 +313,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """`model_config`, without the entries that would name code to run."""
+    """Return `model_config` of a directory, without the entries that name code to run."""
     config = model_config(directory)
     clean, clean_generation = _stripped(config.raw), _stripped(config.raw_generation)
     for name, raw in (
@@ -323,7 +325,8 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def classifier(config: ModelConfig) -> str | None:
-    """The architecture that makes a model one that scores texts; None for a language model."""
+    """Return the name of a model's `...ForSequenceClassification` architecture, which scores texts;
+    None for a language model."""
     return next(
         (
             name
@@ -336,8 +339,8 @@ def classifier(config: ModelConfig) -> str | None:
 
 @contextmanager
 def without_code(directory: Path) -> Iterator[Path]:
-    """The directory itself, or, where its files name code to run, a temporary one without those
-    entries: links to the other files, and no Python file."""
+    """Yield the directory itself if its files name no code to run. Otherwise yield a temporary
+    directory without those entries and without Python files; the other files are links."""
     stripped: dict[str, Any] = {}
     for path in directory.glob("*.json"):
         if path.name.endswith("config.json") or path.name == "special_tokens_map.json":
@@ -364,14 +367,14 @@ def without_code(directory: Path) -> Iterator[Path]:
 
 
 def _stripped(raw: Any) -> Any:
-    """JSON without the entries that name code, at any depth."""
+    """Return a JSON value without the entries that name code, at any depth."""
     if isinstance(raw, dict):
         return {key: _stripped(value) for key, value in raw.items() if key not in _CODE_KEYS}
     return [_stripped(value) for value in raw] if isinstance(raw, list) else raw
 
 
 def _named_code(raw: Any) -> tuple[str, ...]:
-    """The entries that `_stripped` leaves out."""
+    """Return the keys of the entries that `_stripped` leaves out."""
     parts = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
     own = {key for key in raw if key in _CODE_KEYS} if isinstance(raw, dict) else set()
     return tuple(sorted(own.union(*map(_named_code, parts))))
@@ -379,7 +382,8 @@ def _named_code(raw: Any) -> tuple[str, ...]:
 
 @cache
 def _warn_of_code(path: Path, keys: tuple[str, ...]) -> None:
-    """Once a file: the same directory is read by several."""
+    """Warn of entries that name code, once per file, because several functions read the same
+    directory."""
     if keys:
         warnings.warn(
             f"{path}: {', '.join(keys)} is ignored; code that comes with a model, or from a hub, "
@@ -389,8 +393,8 @@ def _warn_of_code(path: Path, keys: tuple[str, ...]) -> None:
 
 
 def harmless(config: ModelConfig) -> Callable[[str], bool]:
-    """Names that other writers leave in a file and that carry nothing: rotary frequencies, causal
-    masks, a second copy of a tied head."""
+    """Return a function that tells whether a tensor's name can be ignored: other programs save
+    rotary frequencies, causal masks, or a second copy of a tied head."""
     masks = (
         (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
         if config.model_type in _VIEWS
@@ -407,7 +411,8 @@ def load_tensors(
     *,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Copy every tensor of a directory's safetensors into the view of its name, one at a time."""
+    """Copy every tensor of a directory's safetensors files into the view with its name, one at a
+    time."""
     files = _files(directory)
     # The first GPT-2 files hold the model without a head, whose names lack the prefix; transformers
     # 5 calls GPT-NeoX's head as everyone's.
@@ -439,7 +444,7 @@ def load_tensors(
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
+    """Return a map from tensor name to file."""
     if not (directory / _INDEX).is_file():
         path = directory / _SINGLE
         if not path.is_file():
@@ -492,7 +497,7 @@ def _inside(directory: Path, shard: str) -> Path:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, open for reading; ValueError where it is damaged."""
+    """Open a safetensors file for reading; raise ValueError if it is damaged."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
@@ -511,13 +516,13 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write what `AutoModelForCausalLM.from_pretrained` loads: config, generation config, weights
-    in their dtype, and the tokenizer with its chat template where one is given. A tied head is
-    written once, an adapter that is on is merged. A directory of an earlier save is replaced as a
-    whole.
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads: config, generation
+    config, weights in their dtype, and the tokenizer with its chat template if one is given. A tied
+    head is written once; an adapter that is on is merged into the weights. If the directory holds
+    an earlier save, it is replaced as a whole.
 
     Raises:
-        FileExistsError: `directory` exists and holds something that is no part of a saved model.
+        FileExistsError: `directory` exists and holds something that is not part of a saved model.
     """
     architecture = decoder.config.family.language_model.format(decoder.config.family.name)
     with replacing(directory) as temporary:
@@ -541,9 +546,9 @@ def write_model(
     max_shard_bytes: int,
     merge: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> None:
-    """config.json (as it was read, with `changes` and the dtype), generation_config.json, shards
-    and tokenizer, into an existing directory. `merge` changes a tensor as it is written, so that at
-    most a shard of changed ones is held."""
+    """Write config.json (as it was read, with `changes` and the dtype), generation_config.json,
+    shards and tokenizer into an existing directory. `merge` changes each tensor just before it is
+    written, so that at most one shard of changed tensors is in memory."""
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     raw = (
         {key: value for key, value in config.raw.items() if key != "torch_dtype"}
@@ -593,8 +598,8 @@ def write_model(
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with a copy of each that lies in another's memory, such as layers that share their
-    parameters: a file holds each name by itself."""
+    """Return the tensors, with a copy of each one that lies in another's memory, such as layers
+    that share parameters. A file stores each name separately."""
     out, end = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
         out[name] = tensor.clone() if tensor.data_ptr() < end else tensor
@@ -603,7 +608,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented JSON with a newline at its end."""
+    """Write indented JSON with a newline at its end."""
     path.write_text(
         json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -611,8 +616,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replacing(directory: str | Path) -> Iterator[Path]:
-    """A new directory beside `directory` to write into; it takes that name when the block ends well
-    and vanishes when it does not."""
+    """Yield a new directory next to `directory` to write into. If the block succeeds, the new
+    directory replaces `directory`; if it fails, the new directory is deleted."""
     final = Path(directory).absolute()
     foreign = (
         sorted(p.name for p in final.iterdir() if not p.is_file() or not _OURS.fullmatch(p.name))
@@ -649,9 +654,9 @@ def replacing(directory: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_faults(target: Path) -> Iterator[None]:
-    """Turn a failure to write `target` into an OSError that names it and says what to do, also
-    where safetensors or tokenizers raise exceptions of their own, with the system's number in
-    their text."""
+    """Turn a failure to write `target` into an OSError that names `target` and says what to do.
+    This includes exceptions of safetensors and tokenizers, which only have the system's error
+    number in their text."""
     try:
         yield
     except Exception as error:

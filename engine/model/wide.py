@@ -1,21 +1,22 @@
-"""Layers whose activations are wider than their parameters: float32 between bfloat16 weights, as
-`decode_step` computes.
+"""Layers whose activations have a wider dtype than their parameters: float32 between bfloat16
+weights, as in `decode_step`.
 
     y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
 
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
-On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are:
-          of a weight no more than a tile of rows is wide at a time, in the forward pass and in the
-          backward. Where the processor multiplies bfloat16 (`narrow_products`) the two products of
-          the backward pass are of dy and x rounded to it, with sums in float32: twice as fast, and
-          nothing of it is in a log-probability.
-On a GPU  (`on_tensor_cores`) products are those of kernels/split_linear.py; q, k and v are rounded
-          to float16 where the sampler's cache rounds them, and what attention gives is float16 as
-          well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients
-          are of what is held: dy is rounded to bfloat16, as where all is bfloat16; attention is
-          computed again in bfloat16, whose exponents hold any gradient, and differentiated.
-Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete.
-          Where activations and parameters are of one dtype, torch's own operations.
+On a CPU  everything is computed in the activations' dtype. Saved for the backward pass: the inputs,
+          and the parameters as they are. At most one tile of a weight's rows is widened at a time,
+          in the forward pass and in the backward. If the processor multiplies bfloat16
+          (`narrow_products`), the two products of the backward pass use dy and x rounded to it,
+          with sums in float32. This is twice as fast, and affects no log-probability.
+On a GPU  (`on_tensor_cores`) products are those of kernels/split_linear.py. q, k and v are rounded
+          to float16 where the sampler's cache rounds them, and the output of attention is float16
+          as well. Saved for the backward pass: the input of each product, gate or attention,
+          rounded to two bytes. Gradients are computed from the saved tensors: dy is rounded to
+          bfloat16, as if all were bfloat16. Attention is computed again in bfloat16, whose
+          exponents hold any gradient, and differentiated.
+Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete. If
+          activations and parameters have the same dtype, torch's own operations are used.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TILE = 4 << 20  # bytes of a weight that are wide at a time: they stay in a cach
 
 
 def _tiles(weight_OK: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a weight, a tile at a time, in `dtype`."""
+    """Yield the rows of a weight, one tile at a time, in `dtype`."""
     step = max(1, TILE // (dtype.itemsize * max(1, weight_OK.shape[1])))
     for first in range(0, len(weight_OK), step):
         rows = slice(first, first + step)
@@ -48,7 +49,7 @@ def _tiles(weight_OK: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
 
 
 def kept(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
-    """Return the part of a product's input that is kept for the weight's gradient."""
+    """Return a product's input in the form that is saved for the weight's gradient."""
     return x_NK.to(weight_OK.dtype) if on_tensor_cores(x_NK.device) else x_NK
 
 
@@ -59,14 +60,14 @@ def _multiplies_bfloat16() -> bool:
 
 
 def narrow_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether gradients of products with weights of this dtype are computed from numbers of two
-    bytes on a CPU."""
+    """Whether gradients of products with weights of this dtype are computed from two-byte numbers
+    on a CPU."""
     return device.type == "cpu" and dtype == NARROW and _multiplies_bfloat16()
 
 
 # ---- the three products of a linear layer, without autograd --------------------------------------
 def product(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """[N, O] x W^T + b in x's dtype."""
+    """Return x W^T + b, [N, O] in x's dtype."""
     if x_NK.dtype == weight_OK.dtype:
         return F.linear(x_NK, weight_OK, bias_O)
     if on_tensor_cores(x_NK.device):
@@ -81,7 +82,7 @@ def product(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 def input_grad(grad_NO: Tensor, weight_OK: Tensor) -> Tensor:
-    """[N, K] dy W in dy's dtype."""
+    """Return dy W, [N, K] in dy's dtype."""
     if grad_NO.dtype == weight_OK.dtype:
         return grad_NO @ weight_OK
     if on_tensor_cores(grad_NO.device):
@@ -95,7 +96,7 @@ def input_grad(grad_NO: Tensor, weight_OK: Tensor) -> Tensor:
 
 
 def weight_grad(grad_NO: Tensor, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """[O, K] dy^T x of `kept` x, rounded to `dtype`."""
+    """Return dy^T x, [O, K] rounded to `dtype`; x is the result of `kept`."""
     if x_NK.dtype == dtype:
         return grad_NO.to(dtype).T @ x_NK
     if narrow_products(grad_NO.device, dtype):
@@ -197,7 +198,8 @@ class _Activate(torch.autograd.Function):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """`varlen_attention` in `dtype`, of and to q's dtype. Differentiable in q, k and v."""
+    """Compute `varlen_attention` in `dtype`; input and output have q's dtype. Differentiable in q,
+    k and v."""
     return (
         varlen_attention(q, k, v, cu_seqlens_B1, **options)
         if q.dtype == dtype
@@ -206,7 +208,8 @@ def attend(
 
 
 def activated(x: Tensor, activation: str, *, gated: bool, wide: bool) -> Tensor:
-    """`activate`; `wide`: x is wider than the parameters. Differentiable."""
+    """Compute `activate`; `wide` says that x has a wider dtype than the parameters.
+    Differentiable."""
     return (
         _Activate.apply(x, activation, gated)
         if wide and on_tensor_cores(x.device)
@@ -215,8 +218,8 @@ def activated(x: Tensor, activation: str, *, gated: bool, wide: bool) -> Tensor:
 
 
 def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """[N, O] x W^T + b in x's dtype. Differentiable in all three; the weight's gradient is of its
-    dtype."""
+    """Return x W^T + b, [N, O] in x's dtype. Differentiable in all three arguments; the weight's
+    gradient has the weight's dtype."""
     return (
         F.linear(x_NK, weight_OK, bias_O)
         if x_NK.dtype == weight_OK.dtype
@@ -225,7 +228,7 @@ def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Ten
 
 
 def embed(ids_N: Tensor, table_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, H] rows of a table, in `dtype`. Differentiable in the table; the gradients of a row's
-    tokens are added up in float32 at least, as torch does on a GPU but not on a CPU."""
+    """Return rows [N, H] of a table, in `dtype`. Differentiable in the table. The gradients of a
+    row's tokens are added up in float32 or wider, as torch does on a GPU but not on a CPU."""
     wide = dtype == table_VH.dtype and (table_VH.is_cuda or dtype in (torch.float32, torch.float64))
     return F.embedding(ids_N, table_VH) if wide else _Embed.apply(ids_N, table_VH, dtype)
