@@ -108,7 +108,7 @@ class Clock:
         self._began = now()
 
     def stop(self) -> None:
-        """Of the step since `start`: shares in per cent."""
+        """Record the shares of the parts, in per cent, of the step since `start`."""
         whole = now() - self._began
         shares = {part: 100 * seconds / whole for part, seconds in self.seconds.items()}
         shares[ALGORITHM] = 100 - sum(
@@ -117,7 +117,7 @@ class Clock:
         self.steps.append(shares)
 
     def medians(self, last: int) -> dict[str, float]:
-        """Of the newest steps, in the order of size."""
+        """Return the median shares over the newest `last` steps, sorted by size."""
         parts = {part for shares in self.steps[-last:] for part in shares}
         found = {
             f"{part} %": statistics.median(shares.get(part, 0.0) for shares in self.steps[-last:])

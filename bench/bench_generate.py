@@ -98,7 +98,7 @@ def bench_generate(contest, models, shape, temperature):
 
 
 def bench_lengths(contest, models):
-    """What an RLHF batch looks like: no two completions end together."""
+    """Time a batch as in RLHF, in which completions have different lengths."""
     new = (
         torch.linspace(SHORTEST, LONGEST, SEQUENCES)
         .round()

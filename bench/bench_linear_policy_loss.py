@@ -209,7 +209,7 @@ def bench_forward_backward(contest, share):
 
 
 def bench_rows_left_out(contest):
-    """What half of the rows cost the backward products.
+    """Measure the cost of the backward products when half of the rows are active.
 
     The three calls differ in their advantages alone: all rows are scored in each, and with none
     active no gradient is formed. So (half - none) over (all - none), round by round, is the cost of

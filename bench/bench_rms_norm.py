@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 def eager(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """As transformers writes it."""
+    """Compute it as transformers does."""
     total = x + residual
     wide = total.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(

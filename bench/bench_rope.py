@@ -14,7 +14,7 @@ Heads = tuple[int, int, int]
 
 
 def eager(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """As transformers writes it."""
+    """Compute it as transformers does."""
 
     def rotate(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)

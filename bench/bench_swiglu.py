@@ -12,7 +12,7 @@ from fusedrl.kernels.swiglu import swiglu
 
 
 def eager(gate_up: Tensor) -> tuple[Tensor]:
-    """As transformers writes it."""
+    """Compute it as transformers does."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up,)
 

@@ -100,7 +100,8 @@ class Step:
 
 
 class Part:
-    """What the steps of a part share: the device, where their results go, what is lacking here."""
+    """Settings shared by the steps of a part: the device, the folder for results, and what is
+    missing on this machine."""
 
     def __init__(self, device: str, scratch: Path) -> None:
         self.device, self.scratch, self.gpu = device, scratch, device != "cpu"
@@ -192,13 +193,14 @@ class Part:
 
 
 def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
-    """Of one part, the most telling first."""
+    """Return the steps of one part, the most informative first."""
     of = Part(device, scratch)
     return {"truth": of.truth, "engine": of.engine, "kernels": of.kernels}[part]()
 
 
 def environment() -> dict[str, str]:
-    """In which `fusedrl` is this checkout, and nothing asks the network."""
+    """Return environment variables under which `fusedrl` is this checkout and nothing uses the
+    network."""
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(
             [str(namespace()), str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -255,7 +257,7 @@ def run(step: Step, left: float, log: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run one part; 1 where a step failed."""
+    """Run one part; return 1 if a step failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -113,8 +113,9 @@ def timed(function: Callable[[], Any], calls: int = 1) -> float:
 
 
 def calls_for(function: Callable[[], Any], seconds: float) -> int:
-    """How many calls in a row fill a millisecond on a CPU; of one short call after the opponents'
-    turns, most is the cold start of its code. `seconds`: that the first call took."""
+    """Return the number of consecutive calls that fill a millisecond on a CPU. A single short call
+    after the turns of other contestants would measure mostly its cold start. `seconds`: duration of
+    the first call."""
     long = DEVICE.type == "cuda" or seconds > 0.1
     return 1 if long else max(1, math.ceil(1.0 / timed(function)))
 
@@ -131,12 +132,12 @@ def gemm_rate() -> float:
 
 # ---- what bench files are written with -----------------------------------------------------------
 def on(*, cpu: list, cuda: list) -> list:
-    """The cases of the device of this run."""
+    """Return the cases for the device of this run."""
     return cuda if DEVICE.type == "cuda" else cpu
 
 
 class Random:
-    """Reproducible inputs on the device of this run."""
+    """Generator of reproducible inputs on the device of this run."""
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -244,8 +245,8 @@ def check_answers(
     same: Callable[[Any, Any], None] | None,
     unchecked: Collection[str],
 ) -> dict[str, float]:
-    """Call everyone once; returns the seconds of each. Raises AssertionError where an answer is not
-    ours."""
+    """Call every contestant once and return the seconds of each. Raise AssertionError if an answer
+    differs from ours."""
     names, took = list(contestants), dict[str, float]()
 
     def answer(name: str) -> Any:
@@ -269,7 +270,8 @@ def check_answers(
 
 
 def rounds_for(contestants: Mapping[str, Callable[[], Any]]) -> int:
-    """How many rounds fill SECONDS, from one turn of everyone; it is the second warm-up."""
+    """Return the number of rounds that fill SECONDS, estimated from one turn of every contestant.
+    This turn is also the second warm-up."""
     turn = sum(timed(function) for function in contestants.values()) / 1e3
     return max(FEWEST, min(MOST, int(SECONDS / turn)))
 
@@ -285,7 +287,7 @@ def to_rows(
     note: str = "",
     extra: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """A row for each contestant, ours first."""
+    """Return one row per contestant, ours first."""
     floor_ms = 1e3 * max(
         bytes_moved / copy_bandwidth() if bytes_moved else 0.0,
         flops / gemm_rate() if flops else 0.0,
@@ -419,15 +421,15 @@ def read_results(path: Path) -> list[Result]:
 
 
 def contest_of(result: Result) -> tuple:
-    """What tells contests apart: a contest that is run again replaces all its rows, since their
-    ratios belong together."""
+    """Return the key of a result's contest. A contest that is run again replaces all its rows,
+    since their ratios belong together."""
     row, run = result
     return row["what"], row["shape"], row["dtype"], row["note"], run["gpu"]
 
 
 def merge_results(path: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> None:
-    """Write the rows of one contest to a results file, in the place of those it had; all others
-    stay, with the run that measured them."""
+    """Write the rows of one contest to a results file, replacing the contest's earlier rows. The
+    rows of other contests stay, with the run that measured them."""
     new: list[Result] = [(asdict(row), dict(run)) for row in rows]
     old = read_results(path)
     place = next(

@@ -52,7 +52,7 @@ def exponent(before: Point, after: Point) -> float:
 
 
 def table(what: str, line: Sequence[Point]) -> str:
-    """As Markdown."""
+    """Format the table as Markdown."""
     rows = [
         f"| {PANELS[what][0]} | tokens/s | ms a step | of the roofline | exponent since the row "
         "before |",

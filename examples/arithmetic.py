@@ -53,13 +53,13 @@ MODEL = {
 
 
 def problem(rng: random.Random) -> tuple[str, int]:
-    """(problem, answer)."""
+    """Return (problem, answer)."""
     a, b, plus = rng.randrange(100), rng.randrange(100), rng.random() < 0.5
     return (f"{a}+{b}=", a + b) if plus else (f"{a}-{b}=", a - b)
 
 
 def written(answer: int) -> str:
-    """From the units on; the sign last."""
+    """Write a number with the units first and the sign last."""
     return str(answer)[::-1]
 
 
@@ -114,7 +114,7 @@ def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def _write_model(directory: Path, seed: int) -> None:
-    """One token a character."""
+    """Write a model with random weights, and a tokenizer with one token per character."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *"0123456789+-="])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")  # type: ignore[assignment]

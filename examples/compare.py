@@ -21,7 +21,7 @@ from fusedrl.engine.watch.evaluate import comparison, evaluate, side_by_side
 
 
 def asked() -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

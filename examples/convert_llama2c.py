@@ -59,7 +59,7 @@ NAMES = {
 
 
 def read_header(path: Path) -> tuple[int, int, ModelConfig]:
-    """(version, offset of the weights, configuration). Raises ValueError for anything that is no
+    """Return (version, offset of the weights, configuration). Raise ValueError if the file is not a
     llama2.c checkpoint."""
     with path.open("rb") as file:
         head = file.read(37).ljust(37, b"\0")
@@ -154,7 +154,8 @@ def convert_weights(path: Path) -> Decoder:
 
 
 def read_pieces(path: Path) -> list[tuple[str, float]]:
-    """(piece, score) of each token of a tokenizer.bin. Raises ValueError where it is cut short."""
+    """Return (piece, score) of each token of a tokenizer.bin. Raise ValueError if the file is cut
+    short."""
     data = path.read_bytes()
     pieces: list[tuple[str, float]] = []
     at = 4  # after the longest piece's length

@@ -27,7 +27,7 @@ from fusedrl.engine.watch.evaluate import Estimate
 
 
 def asked() -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def pair(prompt: object, one: BestOf) -> dict[str, object] | None:
-    """The best and the worst completion of a prompt; None where all score alike."""
+    """Return the best and the worst completion of a prompt, or None if all have the same score."""
     valid = [i for i, score in enumerate(one.scores) if not math.isnan(score)]
     worst = min(valid, key=lambda i: one.scores[i])
     if one.scores[worst] == one.score:

@@ -29,7 +29,8 @@ SHOWN = 10  # names of an error
 
 
 def packaged() -> Path:
-    """The GGUF file of the installed package. Raises ValueError without it."""
+    """Return the path of the installed package's GGUF file. Raise ValueError if the package is not
+    installed."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -104,11 +105,11 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
 
 
 class Unreadable(ValueError):
-    """A GGUF file of which something is missing or cannot be read; the message names it."""
+    """Error: something in a GGUF file is missing or cannot be read; the message names it."""
 
 
 def _check_type(file: Path, tensor: str, number: int, row: int) -> None:
-    """Raise Unreadable where the package gguf cannot read tensors of this type."""
+    """Raise Unreadable if the package gguf cannot read tensors of this type."""
     import gguf
 
     try:
@@ -134,7 +135,7 @@ def _check_type(file: Path, tensor: str, number: int, row: int) -> None:
 
 
 def _part(fields: Any) -> str:
-    """What to say beside an error of a file that is one of several."""
+    """Return what an error adds if the file is one of several parts."""
     count = fields["split.count"].contents() if "split.count" in fields else 1
     return f"; it is one of {count} parts: merge them first (gguf-split --merge)" * (count > 1)
 

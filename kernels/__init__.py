@@ -23,7 +23,7 @@ def _modules() -> set[str]:
     }
 
 
-if not TYPE_CHECKING:  # else a checker would believe in every name
+if not TYPE_CHECKING:  # else a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name not in _modules():
@@ -47,7 +47,7 @@ def _step_aside() -> None:
         __name__, [place for place in sys.path if Path(place).resolve() != root]
     )
     if spec is None or spec.loader is None or not spec.has_location:
-        del globals()["__file__"]  # by which transformers tells a package from such a folder
+        del globals()["__file__"]  # transformers recognises a package by this attribute
         return
     sys.modules[__name__] = meant = module_from_spec(spec)
     spec.loader.exec_module(meant)

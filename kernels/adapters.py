@@ -34,7 +34,7 @@ _REINFORCE = PolicyObjective(kind="reinforce")
 
 
 def _impl(x: Tensor) -> str | None:
-    return "torch" if x.dtype == torch.float64 else None  # the only one that takes it
+    return "torch" if x.dtype == torch.float64 else None  # only torch takes float64
 
 
 def _leading(x: Tensor) -> str:
@@ -340,8 +340,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         return cast(Tensor, logp).to(dtype)
 
     def _weights(self, mask_BT: Tensor, num_items_in_batch: float | Tensor | None) -> Tensor:
-        # token_weights has these but for one thing: its means over sequences leave out those
-        # without tokens, Liger's do not.
+        # As token_weights, with one difference: its means over sequences leave out sequences
+        # without tokens, while Liger's include them.
         B = mask_BT.shape[0]
         if self.loss_type in ("grpo", "sapo"):
             return mask_BT / (B * mask_BT.sum(1, keepdim=True).clamp(min=1))

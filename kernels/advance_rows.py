@@ -32,7 +32,7 @@ _IMPLS = Implementations("advance_rows_", cpu=("cpp", "torch", "triton"), cuda=(
 _BLOCK = 256  # rows at a time
 _DTYPES = dict.fromkeys(("logp", "ring_logp", "values", "ring_values"), torch.float32) | {
     "finished": torch.bool
-}  # the rest is int64
+}  # all others are int64
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def advance_rows_(
         *(ring_tokens, ring_logp, cursor, values, ring_values),
     )
     chosen = _IMPLS.choose(drawn.device, impl)
-    # it checks them itself: a dozen tensors take Python longer than the rows take
+    # the cpp op checks its arguments itself: a check of a dozen tensors in Python takes too long
     if chosen == "cpp":
         torch.ops.fusedrl.advance_rows_(*arguments)
         return

@@ -32,9 +32,9 @@ if triton is not None:
     from fusedrl.kernels.paged_attention import _tanh
 
 _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
-FIXED_LINEAR_DTYPES = (torch.float32, torch.bfloat16)  # of weights, but with "torch"
-_STAGES = 3  # of the loop
-# tiles of rows that are computed side by side: what they read of the weights is then in a cache
+FIXED_LINEAR_DTYPES = (torch.float32, torch.bfloat16)  # of the weights; "torch" takes more
+_STAGES = 3  # pipeline stages of the loop
+# neighbouring tiles of rows run next to each other, so that their weights come from a cache
 _GROUP = 16
 
 
@@ -84,7 +84,7 @@ if triton is not None:
     ):
         n_tiles, o_tiles = tl.cdiv(N, ROWS), tl.cdiv(O, COLUMNS)
         group, place = tl.program_id(0) // (GROUP * o_tiles), tl.program_id(0) % (GROUP * o_tiles)
-        high = tl.minimum(n_tiles - group * GROUP, GROUP)  # tiles of rows of this group
+        high = tl.minimum(n_tiles - group * GROUP, GROUP)  # number of row tiles in this group
         n = ((group * GROUP + place % high) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         o = (place // high * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)

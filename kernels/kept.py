@@ -15,7 +15,7 @@ class Kept(NamedTuple):
     """Token ids that truncation left in each row. Row n has token_ids[offsets[n]:offsets[n + 1]],
     ascending; an empty row means the whole vocabulary (nothing was truncated)."""
 
-    # [K] int32, K at least offsets[-1]; what lies behind offsets[-1] means nothing
+    # [K] int32, K at least offsets[-1]; entries from offsets[-1] on are meaningless
     token_ids: Tensor
     offsets: Tensor  # [N + 1] int64, ascending from 0
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from fusedrl.kernels.kl import ESTIMATORS, MAX_LOG_RATIO
 from fusedrl.kernels.runtime.checks import check, check_dtype
 
-# kind -> the fields that it uses and their defaults. C++ and CUDA know it by its name:
+# kind -> the fields that it uses and their defaults. C++ and CUDA look a kind up by its name:
 # FUSEDRL_KINDS in csrc/shared/objectives.h.
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
@@ -41,9 +41,9 @@ _DEFAULTS: dict[str, dict[str, float | None]] = {
     "dro": {"beta": 1.0},
 }
 KINDS = tuple(_DEFAULTS)
-SEQUENCE_KINDS = ("gspo", "geometric_mean")  # a token's term depends on the others of its sequence
-KL_ESTIMATORS = ESTIMATORS  # of tokens; kernels know one more, "sequence_k2"
-# What kernels take beside names, in this order, which is that of FUSEDRL_COEFFICIENTS there.
+SEQUENCE_KINDS = ("gspo", "geometric_mean")  # a term depends on other tokens of the sequence
+KL_ESTIMATORS = ESTIMATORS  # per token; kernels have one more, "sequence_k2"
+# The numbers that kernels take, in the order of FUSEDRL_COEFFICIENTS in that file.
 COEFFICIENTS = (
     "lower",
     "upper",

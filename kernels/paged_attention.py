@@ -39,10 +39,10 @@ from fusedrl.kernels.runtime.triton import tl, triton
 _IMPLS = Implementations(
     "paged_attention", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
 )
-_LARGEST_HEAD = 256  # that Triton holds in registers and shared memory
-_SPLIT = 256  # positions of a program; part of the arithmetic
-_HEADS = 16  # query heads of a program
-# positions at a time (64 spill on gfx942), 16 where so many of K are above 8 KB
+_LARGEST_HEAD = 256  # D that Triton holds in registers and shared memory
+_SPLIT = 256  # positions per program; changing it changes the order of sums
+_HEADS = 16  # query heads per program
+# positions at a time (64 spill on gfx942), or 16 if so many positions of K exceed 8 KB
 _TILE = 32
 
 
@@ -86,7 +86,7 @@ def paged_attention_reference(
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     weights = torch.where(seen, scores, -torch.inf).softmax(-1)
     weights = torch.where(seen, weights, 0.0)  # a row with no context is zeros, not NaN
-    # 0 x what lies in an unwritten slot could be NaN
+    # an unwritten slot may hold NaN, and 0 x NaN is NaN
     values = torch.where(seen.transpose(-1, -2), values, 0.0)
     return (weights @ values).reshape(B, heads, D).to(q_BHD.dtype)
 

@@ -36,7 +36,7 @@ _KWISE = Implementations(
     "kwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
 )
 _CHUNK = 1024  # pairs, prompts or scores at a time
-_TILE = 16  # completions of a prompt, compared with as many
+_TILE = 16  # completions of a prompt per tile, compared with equally many
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["B", "M"])
     def _mean_kernel(mean_ptr, paired_ptr, loss_ptr, slope_ptr, B, M, CHUNK: tl.constexpr):
-        # Every program sums up all the prompts in the same order, then divides its share of the
-        # slopes by their number.
+        # Every program sums over all prompts in the same order, then divides its share of the
+        # slopes by the number of prompts that have pairs.
         lane = tl.arange(0, CHUNK)
         sums = tl.zeros([CHUNK], tl.float64)
         counts = tl.zeros([CHUNK], tl.int32)

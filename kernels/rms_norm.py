@@ -31,12 +31,12 @@ from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("rms_norm", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _IMPLS_FLOAT64 = Implementations("rms_norm of float64", cpu=("torch",), cuda=("torch",))
-_LONGEST_ROW = 8192  # that Triton holds in registers: at 16384 the backward spills on sm_90
+_LONGEST_ROW = 8192  # H that Triton holds in registers; at 16384 the backward spills on sm_90
 _IMPLS_LONG_ROWS = Implementations(
     f"rms_norm of rows above {_LONGEST_ROW}", cpu=("cpp", "torch"), cuda=("torch",)
 )
 _TILE = 2048  # values of a tile of rows; a longer row is a tile of its own
-_PROGRAMS = 512  # of the backward, each with a sum of its own for the weight's gradient
+_PROGRAMS = 512  # of the backward; each has its own sum for the weight's gradient
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ if triton is not None:
         H: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):  # one program a tile of rows
+    ):  # one program per tile of rows
         n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         h = tl.arange(0, BLOCK)[None, :]
         inside = (n < rows)[:, None] & (h < H)
@@ -121,7 +121,7 @@ if triton is not None:
         H: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):  # a program takes every so many-th tile
+    ):  # program p takes tiles p, p + programs, ...
         h = tl.arange(0, BLOCK)[None, :]
         weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32) + offset
         part = tl.zeros([BLOCK], tl.float32)

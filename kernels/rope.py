@@ -136,7 +136,7 @@ class RopeTable:
         """Return (cos, sin), each [tables, positions, P] float32, for at least the first `count`
         positions."""
         if count > self._cos.shape[1]:
-            with torch.inference_mode(False):  # what is kept must serve autograd, too
+            with torch.inference_mode(False):  # the stored tables must also work under autograd
                 self._cos, self._sin = _rope_table(self.inv_freq, self.scale, _rounded(count))
         return self._cos, self._sin
 
@@ -201,7 +201,7 @@ if triton is not None:
         INVERSE: tl.constexpr,
         HEADS: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):  # a program a token
+    ):  # one program per token
         n = tl.program_id(0).to(tl.int64)
         i = tl.arange(0, BLOCK)[None, :]
         cos = tl.load(cos_ptr + n * HALF + i, mask=i < HALF, other=0.0)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusedrl.kernels.linear_head import add_product, product
 
-_TOGETHER = 256  # rows up to which reading the weights once is worth a second tensor of results
+_TOGETHER = 256  # largest N for which one product of hi and lo together is faster
 
 
 def halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def run(model: str, spec: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _texts(model: str, seed: int, count: int = 512) -> list[str]:
-    """What the model was pretrained on is not at hand: its own samples stand for it."""
+    """Sample texts from the model. They replace its pretraining data, which is not available."""
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.generation.sampler import SamplingParams
 

@@ -63,7 +63,7 @@ ONLINE: dict[str, dict[str, Any]] = {
 
 
 def specs(seeds: list[int]) -> list[dict[str, Any]]:
-    """Of every run."""
+    """Return the specifications of all runs."""
     common = [
         {"method": method, "target": target, "seed": seed}
         for method in ONLINE

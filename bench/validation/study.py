@@ -107,7 +107,7 @@ def path_of(study: str) -> Path:
 
 
 def read_rows(study: str) -> list[dict[str, Any]]:
-    """Each with the run that measured it; none where the study has not run."""
+    """Return each row with the run that measured it; an empty result if the study has not run."""
     path = path_of(study)
     if not path.is_file():
         return []
@@ -154,7 +154,7 @@ def measure(
 
 
 def numbers(found: Evaluation) -> dict[str, float]:
-    """An evaluation as a row has it."""
+    """Convert an evaluation to the fields of a row."""
     row = {
         "kl": found.kl.mean,
         "kl_error": found.kl.error,
@@ -170,8 +170,8 @@ def numbers(found: Evaluation) -> dict[str, float]:
 
 # ---- over seeds ----------------------------------------------------------------------------------
 def over_seeds(rows: Sequence[Mapping[str, Any]], value: str) -> tuple[float, float]:
-    """Mean and standard error over the rows, which differ by their seeds; the error of one is
-    nan."""
+    """Return mean and standard error over rows that differ by their seeds. The error of a single
+    row is nan."""
     found = [float(row[value]) for row in rows]
     mean = math.fsum(found) / len(found)
     spread = (
@@ -191,6 +191,6 @@ def grouped(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[tuple, list[
 
 
 def plus_minus(mean_and_error: tuple[float, float], digits: int = 2) -> str:
-    """As Markdown."""
+    """Format a table as Markdown."""
     mean, error = mean_and_error
     return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")

@@ -44,7 +44,7 @@ def honest(
     type: Sequence[str | None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """The value of each completion; None for creative queries."""
+    """Return the reward of each completion; None for creative queries."""
     kinds = type if type is not None else [None] * len(completions)
     return [
         _value(_text(completion), accepted, kind or "knowledge-seeking")
@@ -82,7 +82,7 @@ def _words(text: str) -> list[str]:
 
 
 def _within(answer: list[str], words: list[str]) -> bool:
-    """Whether the words of the answer stand together among these."""
+    """Whether the words of the answer occur next to each other in these words."""
     return bool(answer) and any(
         words[i : i + len(answer)] == answer for i in range(len(words) - len(answer) + 1)
     )

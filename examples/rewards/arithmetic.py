@@ -15,7 +15,7 @@ def exact(
     answer: Sequence[str],
     **columns: Any,
 ) -> list[float]:
-    """The column `answer` is compared with the whole completion."""
+    """Compare the column `answer` with the whole completion."""
     return [
         float(completion.strip() == right)
         for completion, right in zip(completions, answer, strict=True)

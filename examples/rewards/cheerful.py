@@ -36,7 +36,7 @@ WORDS = frozenset(
 
 
 def cheerful(completions: Sequence[str], **columns: Any) -> list[float]:
-    """Cheerful words in each completion, however often each comes."""
+    """Count the cheerful words in each completion, repetitions included."""
     return [
         float(sum(word in WORDS for word in re.findall(r"[a-z]+", completion.lower())))
         for completion in completions

@@ -13,7 +13,7 @@ def _text(completion: str | Sequence[dict[str, str]]) -> str:
 
 
 def concise(prompts: Sequence, completions: Sequence, **columns: object) -> list[float]:
-    """1.0, or minus a hundredth of the words."""
+    """Return 1.0 for a short, complete answer, else minus a hundredth of its number of words."""
     texts = [_text(completion).strip() for completion in completions]
     return [
         1.0
@@ -24,5 +24,6 @@ def concise(prompts: Sequence, completions: Sequence, **columns: object) -> list
 
 
 def whole_and_short(prompts: Sequence, completions: Sequence, **columns: object) -> list[float]:
-    """1.0 where the rule holds, else 0.0: a share that can be compared."""
+    """Return 1.0 if the answer is short and complete, else 0.0. Its mean is the share of such
+    answers."""
     return [max(0.0, score) for score in concise(prompts, completions)]

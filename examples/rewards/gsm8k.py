@@ -34,14 +34,16 @@ MARK = re.compile(r"####\s*(?:\$\s+)?")
 
 
 def exact(completions: Sequence[Any], gold: Sequence[Any], **columns: Any) -> list[float | None]:
-    """1 where the last "#### number" is the gold number, else 0; None for rows without one."""
+    """Return 1 if the last "#### number" equals the number in "gold", else 0; None for rows without
+    "gold"."""
     return _agree(_marked, completions, gold)
 
 
 def last_number(
     completions: Sequence[Any], gold: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1 where the last number of all is the gold one, else 0; None for rows without one."""
+    """Return 1 if the last number of the completion equals the number in "gold", else 0; None for
+    rows without "gold"."""
     return _agree(SUM.finditer, completions, gold)
 
 
@@ -58,7 +60,8 @@ def _agree(
 
 
 def _text(completion: Any) -> str:
-    """A completion is a text, or one message of the assistant where the prompt is messages."""
+    """Return a completion's text. If the prompt is chat messages, the completion is one message of
+    the assistant."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
@@ -70,7 +73,7 @@ def _marked(text: str) -> Iterator[re.Match[str]]:
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    """The number's value; None of a sum, and of a fraction over 0."""
+    """Return the number's value; None for a calculation, and for a fraction over 0."""
     if found["more"]:
         return None
     number, over = (

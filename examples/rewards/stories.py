@@ -78,7 +78,7 @@ def fable(
     completion_ids: Sequence[Sequence[int]] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """From -5 to 5 per completion:
+    """Score each completion from -5 to 5:
 
     +1  each sentence of at least five words with an animal that neither the prompt nor an earlier
         sentence named; three at the most
@@ -114,5 +114,5 @@ def _words(text: str) -> list[str]:
 
 
 def _animals(words: list[str]) -> set[str]:
-    """The animals among the words, plurals counted as one with their singular."""
+    """Return the animals among the words; a plural counts as its singular."""
     return {name for word in words for name in (word, word.removesuffix("s")) if name in ANIMALS}

@@ -85,7 +85,7 @@ def _attend(
     """Attend by explicit scores. q, k and v are [..., T, D] each, `seen` is [..., T, T]."""
     scores = (q @ k.transpose(-1, -2)) * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    # finite: a padded row may see nothing, and NaN would reach the gradients of v
+    # a finite number, since a padded row may see nothing, and NaN would reach the gradients of v
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return (
         torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
@@ -302,7 +302,7 @@ def tried(device: str) -> list[str]:
     return [name for name in names if unavailable(name, kind) is None]
 
 
-@torch.compiler.assume_constant_result  # a call that is being traced has it tried, too
+@torch.compiler.assume_constant_result  # also runs the test while a call is traced
 def fault(name: str, device: str) -> str | None:
     """Return what was wrong with an implementation when it was tested on `device` ("cuda:0"), or
     None if it is sound. Test it now if that has not happened yet."""

@@ -93,7 +93,7 @@ def _fault(
             ):
                 arguments = (ends.to(device), max(_LENGTHS), causal, window, softcap, _SCALE)
                 got = _passes(route, inputs, torch.bfloat16, device, *arguments)
-        except Exception as error:  # whatever the code of others raises: it cannot serve
+        except Exception as error:  # an error of any kind in a backend: do not use it
             return (
                 f"on a small problem, {options}, it raised {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LN2 = math.log(2.0)
-_LOWEST = -1e30  # so far below a row's largest a logit is taken for -inf: a mask
+_LOWEST = -1e30  # a logit so far below the row's maximum is a mask and counts as -inf
 
 
 def full_kl_reference(
@@ -35,7 +35,7 @@ def full_kl_reference(
         of_p = torch.where(no_p, 0, p * torch.where(no_r, _LN2, _LN2 - F.softplus(logr - logp)))
         of_r = torch.where(no_r, 0, r * torch.where(no_p, _LN2, _LN2 - F.softplus(logp - logr)))
         kl = 0.5 * (of_p.sum(-1) + of_r.sum(-1))
-    # what rounding took below 0; the gradient stays
+    # rounding may give a KL below 0; the gradient is not clamped
     kl = kl + (kl.clamp(0.0, _LN2 if direction == "jsd" else torch.inf) - kl).detach()
     kl = torch.where(infinite, torch.inf, kl)
     return kl if mask is None else torch.where(mask, kl, 0)

@@ -16,7 +16,7 @@ class ShapedGAE(NamedTuple):
 
     advantages: Tensor  # [N] or [B, T], whitened unless whiten=False
     returns: Tensor  # [N] or [B, T], advantages before whitening plus values
-    rewards: Tensor  # [N] or [B, T], what the advantages were computed from
+    rewards: Tensor  # [N] or [B, T], the rewards behind the advantages
     kl_per_sequence: Tensor  # [B] sum of the estimates, without the coefficient
     score_per_sequence: Tensor  # [B] the score after clipping, placed or not
 
@@ -132,8 +132,8 @@ def k_step_advantages_reference(
     layout, live_N, values_N = _Layout.of(live, cu_seqlens), live.reshape(-1), values.reshape(-1)
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
     delta = _deltas(layout, live_N, rewards.reshape(-1), values_N, gamma, last)
-    # The live tokens side by side, the masked ones behind them all; of each, how many follow in its
-    # sequence.
+    # Sort the unmasked tokens to the front and the masked ones to the end; count for each token how
+    # many unmasked ones follow in its sequence.
     place = torch.sort(~live_N, stable=True).indices
     before = torch.cat([layout.end_N.new_zeros(1), live_N.cumsum(0)])
     following = before[layout.end_N[place]] - torch.arange(len(place), device=place.device) - 1

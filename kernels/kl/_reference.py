@@ -60,7 +60,7 @@ def kl_loss_reference(
             torch.segment_reduce(x, "sum", offsets=offsets, unsafe=True)
             for x in (k1.detach(), weights, live.double())
         )
-        # the sums in a fixed order; what is added is 0 and brings the gradient
+        # the sums have a fixed order; the added term is 0 and carries the gradient
         k1 = sums.index_add(0, sequence_N, k1 - k1.detach())
         weights = weight_sums / counts.clamp(min=1)
     descended = (weights * _descended(k1, gradient)).sum()

@@ -39,8 +39,8 @@ _IMPLS = Implementations(
     "rope_and_cache", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda")
 )
 _IMPLS_FLOAT64 = Implementations("rope_and_cache of float64", cpu=("torch",), cuda=("torch",))
-_LONGEST_HEAD = 512  # that the CUDA C++ kernel stages 16 of in shared memory
-_TILE = 1024  # pairs that Triton holds at a time
+_LONGEST_HEAD = 512  # longest head; the CUDA C++ kernel stages 16 heads in shared memory
+_TILE = 1024  # pairs per Triton tile
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -80,9 +80,9 @@ def _write(k: Tensor, v: Tensor, slots_N: Tensor, k_cache: Tensor, v_cache: Tens
     N, end, size = slots_N.shape[0], k_cache.shape[0] * k_cache.shape[3], k_cache.shape[3]
     if N == 0 or end == 0:
         return
-    # Sizes must not depend on the slots (the host would have to wait for them): every row writes,
-    # and those that must not repeat the first one that may. Where there is none, all of them write
-    # back what slot 0 holds.
+    # Sizes must not depend on the slots, since the host would have to wait for them. So every row
+    # writes: a row without a valid slot repeats the first valid row. If no row is valid, all rows
+    # write back the content of slot 0.
     live = (slots_N >= 0) & (slots_N < end)
     source = torch.where(live, torch.arange(N, device=live.device), live.int().argmax())
     slots, any_live = torch.where(live.any(), slots_N[source], 0), live.any()
@@ -132,7 +132,7 @@ if triton is not None:
         HALF: tl.constexpr,
         HEADS: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):  # a program a token
+    ):  # one program per token
         n = tl.program_id(0).to(tl.int64)
         i = tl.arange(0, BLOCK)[None, :]
         cos = tl.load(cos_ptr + n * HALF + i, mask=i < HALF, other=0.0)

@@ -82,7 +82,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def row_results(z_RV: Tensor, ref_RV: Tensor, temperature: float, direction: str) -> Tensor:
-        if z_RV.is_cuda and z_RV.dtype != torch.float64:  # which no kernel computes in
+        if z_RV.is_cuda and z_RV.dtype != torch.float64:  # kernels do not support float64
             return full_kl(z_RV, ref_RV, temperature=temperature, direction=direction)
         return full_kl_reference(z_RV, ref_RV, None, temperature, direction)
 

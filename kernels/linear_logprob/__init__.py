@@ -93,7 +93,7 @@ class _Chunked(torch.autograd.Function):
         impl: str | None,
     ) -> tuple[Tensor, Tensor]:
         z_RV = finish(z_RV, bias_V, softcap)
-        # float64 is what no kernel computes in
+        # kernels do not support float64
         if (z_RV.is_cuda or kept is not None) and z_RV.dtype != torch.float64:
             logp_R, entropy_R = logprob(
                 z_RV, token_ids, temperature=temperature, entropy=True, kept=kept, impl=impl

@@ -132,7 +132,7 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 z_RV.requires_grad_()
                 capped = finish(z_RV, bias, softcap)
-                if z_RV.is_cuda and z_RV.dtype != torch.float64:  # which no kernel computes in
+                if z_RV.is_cuda and z_RV.dtype != torch.float64:  # kernels do not support float64
                     logp_R, entropy_R = logprob(capped, ids, temperature=scale, entropy=True)
                 else:
                     logp_R, entropy_R = logprob_reference(capped, ids, scale)

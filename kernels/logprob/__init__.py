@@ -271,7 +271,7 @@ def _on_a_gpu(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run the Triton or CUDA C++ kernel, which needs the logits as a matrix."""
-    rows = logits.reshape(-1, logits.shape[-1])  # a copy where the leading dimensions do not merge
+    rows = logits.reshape(-1, logits.shape[-1])  # copies if the leading dimensions do not merge
     if in_place and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
             f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with "
@@ -330,7 +330,7 @@ def _check_overwritable(op: str, logits: Tensor) -> None:
             "gradient: its .grad would be the "
             "overwritten leaf itself; use logprob"
         )
-    needed = 1  # elements that one index of the dimension to the right spans
+    needed = 1  # elements spanned by one index of the dimension to the right
     for size, stride in sorted(
         zip(logits.shape, logits.stride(), strict=True), key=lambda pair: pair[1]
     ):

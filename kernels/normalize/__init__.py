@@ -52,8 +52,8 @@ class GroupNormalized(NamedTuple):
     """Result of `group_normalize`."""
 
     advantages: Tensor  # [B]
-    # [B] bool: whether the score's group has a single value (so do all groups of one), and nothing
-    # to learn from
+    # [B] bool: whether all scores of the score's group are equal (as in a group of one), so that
+    # there is nothing to learn from it
     zero_variance: Tensor
 
 

@@ -405,7 +405,7 @@ def check_policy(op: str, policy: PolicyPart, N: int) -> None:
         policy.rollout_correction,
         policy.cu_seqlens,
     )
-    # else an old_logp that is missing is the policy's own
+    # otherwise a missing old_logp means that the policy is its own old policy
     known = policy.logp is not None or objective.by_sequence
     if policy.old_logp is None and objective.kind != "reinforce" and known:
         raise ValueError(

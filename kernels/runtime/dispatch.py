@@ -41,8 +41,8 @@ def _why_not_triton(device_type: str) -> str | None:
     return "triton needs a CUDA device, or TRITON_INTERPRET=1 set before it is imported"
 
 
-# (implementation, device type) -> why it cannot run here, None when it can. Filled once, so that
-# torch.compile sees constants.
+# (implementation, device type) -> why it cannot run on this machine, or None if it can. Filled
+# once, so that torch.compile sees constants.
 _WHY_NOT: dict[tuple[str, str], str | None] = {
     ("torch", "cpu"): None,
     ("torch", "cuda"): None,
@@ -61,8 +61,8 @@ _WHY_NOT: dict[tuple[str, str], str | None] = {
 }
 
 
-# What to do where an implementation that every machine of its kind can have is missing.
-# FlashAttention is a choice, not a lack.
+# The remedy for a missing implementation, if every machine of its kind can have it. FlashAttention
+# is optional, so it has no entry.
 _REMEDIES = {
     (
         "cpp",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 # the slots of a flag; linear_policy_loss scores through linear_logprob
 _OPS = ("logprob", "linear_logprob")
-_flags: dict[torch.device, Tensor] = {}  # [len(_OPS)] int32 a device
+_flags: dict[torch.device, Tensor] = {}  # per device, [len(_OPS)] int32
 
 
 def flag(op: str, device: torch.device) -> Tensor:

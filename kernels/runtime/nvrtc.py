@@ -196,7 +196,7 @@ def cached_cubin(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(cubin)
-        os.replace(file.name, path)  # whoever reads sees a whole file or none
+        os.replace(file.name, path)  # atomic: a reader sees the whole file or none
     except OSError as error:
         warnings.warn(
             f"{path.parent} cannot be written ({error}): CUDA kernels are compiled again in every "
@@ -240,7 +240,7 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
     _, driver = _bindings()
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
-        # threads such as autograd's may have none yet
+        # threads such as those of autograd may have no context yet
         _check("cuCtxSetCurrent", driver.cuCtxSetCurrent(_context(index)))
         stream = torch.cuda.current_stream(index).cuda_stream
         for each in launches:

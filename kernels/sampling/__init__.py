@@ -60,10 +60,10 @@ class Sampled(NamedTuple):
     logp: Tensor
     logp_processed: Tensor  # [B] float32: renormalised over the tokens that could be drawn
     entropy: Tensor  # [B] float32: of the temperature-scaled full distribution
-    # the tokens that could be drawn, in the rows where some token of probability could not; None
-    # unless asked for
+    # the tokens that could be drawn, in the rows that excluded some token of probability; None
+    # unless requested
     kept: Kept | None
-    kept_count: Tensor  # [B] int64: how many tokens could be drawn
+    kept_count: Tensor  # [B] int64: number of tokens that could be drawn
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _list_reference(kept_BV: Tensor, token_ids_B: Tensor, capacity: int) -> tupl
     offsets = torch.nn.functional.pad(torch.where(fits, ends, 0).cummax(0).values, (1, 0))
     place = torch.where(
         kept_BV & fits[:, None], (ends - count)[:, None] + kept_BV.cumsum(-1) - 1, capacity
-    )  # the rest goes behind the end
+    )  # all other ids go into the extra last place
     ids = torch.arange(V, dtype=torch.int32, device=kept_BV.device).expand_as(place)
     buffer = ids.new_zeros(capacity + 1).scatter_(0, place.flatten(), ids.flatten())
     return Kept(buffer[:capacity], offsets), torch.where(fits | (count == 0), token_ids_B, -1)
@@ -240,7 +240,7 @@ def _capacity(
     if not truncates and suppress is None:
         return 0
     by_k = not isinstance(top_k, Tensor) and top_k > 0
-    # all but what is suppressed, whatever top_k
+    # greedy rows list all tokens that are not suppressed, whatever top_k
     greedy_lists = suppress is not None and (isinstance(temperature, Tensor) or temperature == 0)
     return B * min(int(top_k), V) if by_k and not greedy_lists else B * V
 
@@ -322,7 +322,7 @@ def sample(
     if V == 0:
         raise ValueError("sample: expected a vocabulary of at least one token, got logits [B, 0]")
     on_host = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    look = on_host and chosen != "cpp"  # the cpp op looks for itself
+    look = on_host and chosen != "cpp"  # the cpp op checks the values itself
     T = _parameter("temperature", temperature, logits, lambda x: x >= 0, "of 0 or more", look)
     k = (
         None
@@ -365,7 +365,7 @@ def sample(
         )
     if look:
         _check_drawn(drawn, capacity)
-    # what is behind the end was never touched: exact, and no larger than it looks
+    # entries past the end were never written; the copy holds only the used part
     if on_host and drawn.kept is not None:
         ids, offsets = drawn.kept
         drawn = drawn._replace(kept=Kept(ids[: int(offsets[-1])].clone(), offsets))

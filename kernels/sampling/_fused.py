@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # token ids, logp, logp_processed, entropy, kept count [B]; kept ids [capacity] and offsets [B + 1],
-# both [0] where they are not asked for
+# both [0] if they are not requested
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
