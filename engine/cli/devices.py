@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from fusedrl.engine.base.errors import ConfigError, SetupError
 # a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
 PATIENCE = timedelta(hours=1)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-_FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+GRACE = 30.0  # seconds in which the other ranks end by themselves, once one has failed
+_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Place(NamedTuple):
@@ -58,14 +60,38 @@ def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"expected --devices to be a whole number >= 1, got {count!r}")
     if "--place" in found:
-        rank, size, store = found["--place"].split(",", 2)
+        rank, _, rest_of = found["--place"].partition(",")
+        size, _, store = rest_of.partition(",")
+        if not (rank.isdecimal() and size.isdecimal() and store):
+            raise ConfigError("train: --place is for processes that --devices starts; leave it out")
         place = Place(int(rank), int(size), store)
     return rest, int(count), place
 
 
-def launch(argv: Sequence[str], count: int) -> int:
-    """Run `fusedrl train argv` in `count` processes, and forward signals to all of them. Return the
-    exit code of the first process that failed, or 0."""
+def resume_command(argv: Sequence[str]) -> str:
+    """Return the shell command that resumes the run of `fusedrl train` with the options `argv`, for
+    use in the same directory."""
+    kept = [
+        word
+        for index, word in enumerate(argv)
+        if not _resumes(word)
+        and not (
+            index
+            and _resumes(argv[index - 1])
+            and "=" not in argv[index - 1]
+            and not word.startswith("--")
+        )
+    ]
+    return shlex.join(["fusedrl", "train", *kept, "--run.resume", "true"])
+
+
+def _resumes(word: str) -> bool:
+    return word.partition("=")[0] == "--run.resume"
+
+
+def launch(argv: Sequence[str], count: int, signals: Sequence[str] = ()) -> int:
+    """Run `fusedrl train argv` in `count` processes, and forward signals to all of them, those
+    named too. Return the exit code of the first process that failed, or 0."""
     _check_cards(count)
     with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
         store = str(Path(directory) / "store")
@@ -75,19 +101,13 @@ def launch(argv: Sequence[str], count: int) -> int:
                     *(sys.executable, "-P", "-m", "fusedrl.engine.cli", "train", *argv),
                     *("--place", f"{rank},{count},{store}"),
                 ],
-                env=os.environ | _quiet() | {"GLOO_SOCKET_IFNAME": LOOPBACK},
+                env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
+                process_group=0,  # a terminal's Ctrl-C comes through here, once
             )
             for rank in range(count)
         ]
-        with _forwarding(children):
+        with _forwarding(children, signals):
             return _ended(children)
-
-
-def _quiet() -> dict[str, str]:
-    """Return environment variables that give each process one CPU thread, if there are few cores;
-    otherwise each process would use all cores."""
-    cores = os.cpu_count() or 1
-    return {} if cores > 8 else {"OMP_NUM_THREADS": "1"}
 
 
 def _check_cards(count: int) -> None:
@@ -102,17 +122,16 @@ def _check_cards(count: int) -> None:
 
 
 @contextlib.contextmanager
-def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Forward signals that this process receives to its children. SIGINT is not forwarded, because
-    a terminal sends it to the children, too."""
+def _forwarding(
+    children: Sequence[subprocess.Popen[bytes]], signals: Sequence[str]
+) -> Iterator[None]:
+    """Forward signals that this process receives to its children."""
 
     def forward(number: int, _: object) -> None:
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(number)
+        _send(children, number)
 
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
-    for name in _FORWARDED:
+    before = {}
+    for name in dict.fromkeys((*_FORWARDED, *signals)):
         number = signal.Signals[name]
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, forward)
@@ -123,15 +142,33 @@ def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+
 def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all processes; return the exit code of the first that failed, or 0."""
-    code, left = 0, list(children)
+    """Wait for all processes; return the exit code of the first that failed, or 0. The others are
+    ended where they do not end by themselves."""
+    code, left, failed = 0, dict(enumerate(children)), 0.0
+    ways = iter((signal.SIGTERM, signal.SIGKILL))
     while left:
-        for child in list(left):
-            if (ended := child.poll()) is not None:
-                left.remove(child)
-                ended = 128 - ended if ended < 0 else ended
-                code = code or ended
+        for rank, child in list(left.items()):
+            if (ended := child.poll()) is None:
+                continue
+            del left[rank]
+            if ended < 0:
+                name = signal.Signals(-ended).name
+                print(
+                    f"fusedrl: rank {rank} of {len(children)} was ended by {name}", file=sys.stderr
+                )
+                ended = 128 - ended
+            if ended and not code:
+                code, failed = ended, time.monotonic()
+        if code and time.monotonic() - failed > GRACE and (number := next(ways, None)):
+            _send(list(left.values()), number)
+            failed = time.monotonic()
         time.sleep(0.05)
     return code
 
@@ -156,6 +193,8 @@ def joined_by(place: Place | None) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if place is not None:
         _end_with_parent()
+        fair = max(1, (os.cpu_count() or 1) // place.size)
+        torch.set_num_threads(min(torch.get_num_threads(), fair))
         if cuda:
             torch.cuda.set_device(place.rank)
         store = dist.FileStore(place.store, place.size)

@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,7 @@ from fusedrl.engine.cli.common import (
     report_json,
     spelled,
 )
-from fusedrl.engine.cli.devices import devices_of, joined_by, launch
+from fusedrl.engine.cli.devices import devices_of, joined_by, launch, resume_command
 from fusedrl.engine.cli.generate import generate_options, run_generate
 from fusedrl.engine.cli.monitor import add_commands
 from fusedrl.engine.cli.names import (
@@ -143,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             FAILED,
         )
+    except Elsewhere:  # a fault of another rank, which shows its own traceback
+        return FAILED
     return 0
 
 
@@ -280,7 +281,7 @@ def _train(argv: list[str]) -> None:
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
     if devices > 1 and place is None:
-        if code := launch([*argv, f"--devices={devices}"], devices):
+        if code := launch([*argv, f"--devices={devices}"], devices, config.run.signal_names):
             raise Stopped(code)
         return
     train = getattr(importlib.import_module(module), function)
@@ -298,27 +299,6 @@ def _train(argv: list[str]) -> None:
 def _nearest_stage(name: str) -> str:
     meant = STAGES_ELSEWHERE.get(name.lower().replace("-", "_"))
     return f", which is {meant} here" if meant is not None else nearest(name, STAGES)
-
-
-def resume_command(argv: Sequence[str]) -> str:
-    """Return the shell command that resumes the run of `fusedrl train` with the options `argv`, for
-    use in the same directory."""
-    kept = [
-        word
-        for index, word in enumerate(argv)
-        if not _resumes(word)
-        and not (
-            index
-            and _resumes(argv[index - 1])
-            and "=" not in argv[index - 1]
-            and not word.startswith("--")
-        )
-    ]
-    return shlex.join(["fusedrl", "train", *kept, "--run.resume", "true"])
-
-
-def _resumes(word: str) -> bool:
-    return word.partition("=")[0] == "--run.resume"
 
 
 def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:

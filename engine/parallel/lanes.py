@@ -114,8 +114,9 @@ class Tree:
         live = {name: [row[i] for row in there] for i, name in enumerate(names)}
         live = {name: on for name, on in live.items() if any(on)}
         found: Gradients = {}
-        for bucket in self._buckets(list(live)):
-            found |= self._exchanged(bucket, total, live)
+        with self._ranks.meeting("sums of gradients"):
+            for bucket in self._buckets(list(live)):
+                found |= self._exchanged(bucket, total, live)
         return found, list(live)
 
     def _buckets(self, names: Sequence[str]) -> list[list[list[str]]]:
@@ -184,16 +185,22 @@ def send_parameters(
     """Fill the parameters with these names, in place, with their owners' values."""
     if ranks.size == 1:
         return
-    ranks.meet("parameters")
-    for owner in range(ranks.size):
-        of_owner = [name for name in names if owners[name] == owner]
-        for dtype in dict.fromkeys(parameters[name].dtype for name in of_owner):
-            queue = [name for name in of_owner if parameters[name].dtype == dtype]
-            while queue:
-                taken = _taken(queue, parameters)
-                flat = torch.cat([parameters[name].detach().reshape(-1) for name in taken])
-                ranks.from_owner("parameters", owner, flat)
-                if owner != ranks.rank:
-                    sizes = [parameters[name].numel() for name in taken]
-                    for name, part in zip(taken, flat.split(sizes), strict=True):
-                        parameters[name].copy_(part.view(parameters[name].shape))
+    with ranks.meeting("parameters"):
+        for owner in range(ranks.size):
+            _send_from(ranks, owner, [n for n in names if owners[n] == owner], parameters)
+
+
+def _send_from(
+    ranks: Ranks, owner: int, names: Sequence[str], parameters: Mapping[str, Tensor]
+) -> None:
+    """Fill the parameters that one rank owns."""
+    for dtype in dict.fromkeys(parameters[name].dtype for name in names):
+        queue = [name for name in names if parameters[name].dtype == dtype]
+        while queue:
+            taken = _taken(queue, parameters)
+            flat = torch.cat([parameters[name].detach().reshape(-1) for name in taken])
+            ranks.from_owner("parameters", owner, flat)
+            if owner != ranks.rank:
+                sizes = [parameters[name].numel() for name in taken]
+                for name, part in zip(taken, flat.split(sizes), strict=True):
+                    parameters[name].copy_(part.view(parameters[name].shape))

@@ -36,6 +36,7 @@ from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError,
 
 T = TypeVar("T")
 LANES = 8  # default if sums must not depend on the number of ranks
+_INTERRUPTED = 130  # exit code of a run that Ctrl-C ended
 _LONGEST = 4000  # characters of an error message that are sent to the other ranks
 # errors that are raised under their own names on the ranks that did not fail themselves
 _KNOWN = {
@@ -54,6 +55,7 @@ class Ranks:
         moved: bytes that this rank sent of gradients and received of parameters.
         loads: for each division of work, the load of the busiest rank divided by the mean load.
         waited: seconds in which ranks exchanged something or waited for one another.
+        inside: whether the ranks exchange tensors now.
         told: whether all ranks know of a failure, so that none waits for another any more.
     """
 
@@ -62,7 +64,7 @@ class Ranks:
         self.moved: Counter[str] = Counter()
         self.loads: list[float] = []
         self.waited = 0.0
-        self.told = False
+        self.told = self.inside = False
         self._met = 0
 
     @property
@@ -82,11 +84,21 @@ class Ranks:
         if self.size > 1:
             self._meet(what, "")
 
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """Meet, and exchange tensors within the block. A rank that fails inside it cannot meet the
+        others any more, since they wait for the tensors. Errors are those of `meet`."""
+        if self.size > 1:
+            self._meet(what, "")
+        self.inside = True
+        yield
+        self.inside = False
+
     def _meet(self, what: str, failure: str) -> list[str]:
         """Exchange the purpose of the meeting, and whether a rank failed. Raise the error of
         another rank, unless this rank failed as well; then return the failures of all."""
         self._met += 1
-        text = failure.encode()
+        text = failure.encode(errors="backslashreplace")
         mine = torch.tensor([zlib.crc32(what.encode()), len(text)])
         everyone = [torch.zeros_like(mine) for _ in range(self.size)]
         self._call(what, lambda: dist.all_gather(everyone, mine))
@@ -118,9 +130,11 @@ class Ranks:
             for row, length in zip(everyone, lengths, strict=True)
         ]
 
-    def _theirs(self, said: Sequence[str]) -> Exception:
+    def _theirs(self, said: Sequence[str]) -> BaseException:
         rank = next(rank for rank, text in enumerate(said) if text)
         name, _, message = said[rank].partition(": ")
+        if name in ("Stopped", "KeyboardInterrupt", "SystemExit"):
+            return Stopped(int(message) if message.isdecimal() else _INTERRUPTED)
         kind = _KNOWN.get(name, RuntimeError)
         shown = message if name in _KNOWN else said[rank]
         marked = type(kind.__name__, (kind, Elsewhere), {})
@@ -131,6 +145,8 @@ class Ranks:
         call does so. Return whether they know."""
         if self.size == 1 or self.told:
             return True
+        if self.inside:
+            return False
         text = f"{type(error).__name__}: {error}"[:_LONGEST]
         try:
             said = self._meet("an error", text)
@@ -162,11 +178,11 @@ class Ranks:
         `meet`."""
         if self.size == 1:
             return [value]
-        self._meet(what, "")
         text = json.dumps(value).encode()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._call(what, lambda: dist.all_gather(lengths, torch.tensor([len(text)])))
-        texts = self._texts(what, text, [int(length) for length in lengths])
+        with self.meeting(what):
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            self._call(what, lambda: dist.all_gather(lengths, torch.tensor([len(text)])))
+            texts = self._texts(what, text, [int(length) for length in lengths])
         return [json.loads(text) for text in texts]
 
     def once(self, what: str, function: Callable[[], T]) -> T | None:
@@ -194,12 +210,12 @@ class Ranks:
         the sum is exact."""
         if self.size == 1:
             return
-        self._meet(what, "")
-        for column in columns:
-            wire = column if column.is_contiguous() else column.contiguous()
-            self._call(what, partial(dist.all_reduce, wire))
-            if wire is not column:
-                column.copy_(wire)
+        with self.meeting(what):
+            for column in columns:
+                wire = column if column.is_contiguous() else column.contiguous()
+                self._call(what, partial(dist.all_reduce, wire))
+                if wire is not column:
+                    column.copy_(wire)
 
     def rows(self, what: str, mine: Tensor) -> list[Tensor]:
         """Return every rank's tensor, in the order of the ranks. The shapes may differ in the first
@@ -211,7 +227,8 @@ class Ranks:
         padded = mine.new_zeros(longest, *mine.shape[1:])
         padded[: len(mine)] = mine
         everyone = [torch.zeros_like(padded) for _ in range(self.size)]
-        self._call(what, lambda: dist.all_gather(everyone, padded))
+        with self.meeting(what):
+            self._call(what, lambda: dist.all_gather(everyone, padded))
         return [row[:size] for row, size in zip(everyone, sizes, strict=True)]
 
     def to_owners(self, what: str, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -220,12 +237,8 @@ class Ranks:
         if self.size == 1:
             return [parts[0]]
         out, sizes = parts[0].new_empty(self.size * len(parts[self.rank])), [len(p) for p in parts]
-        self._call(
-            what,
-            lambda: dist.all_to_all_single(
-                out, torch.cat(list(parts)), [len(parts[self.rank])] * self.size, sizes
-            ),
-        )
+        flat, arriving = torch.cat(list(parts)), [len(parts[self.rank])] * self.size
+        self._call(what, lambda: dist.all_to_all_single(out, flat, arriving, sizes))
         self.moved[what] += sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank)
         return list(out.split(len(parts[self.rank])))
 
@@ -275,12 +288,15 @@ def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
     Raises:
         ConfigError: the lanes cannot be divided among the ranks.
     """
+    given = lanes is not None
     if lanes is None:
         lanes = LANES if strict and size > 1 else size
     if lanes % size:
+        how = "leave parallel.lanes out" if given else "name lanes that they divide"
         raise ConfigError(
-            f"config: expected parallel.lanes to be a multiple of the {size} ranks, got {lanes}; "
-            f"start as many ranks as divide {lanes}, or leave parallel.lanes out"
+            f"config: expected parallel.lanes to be a multiple of the {size} ranks, got {lanes}"
+            f"{'' if given else ' (what strict sets)'}; start as many ranks as divide {lanes}, or "
+            f"{how}"
         )
     return lanes
 

@@ -42,6 +42,7 @@ from fusedrl.engine.base.errors import RewardError, Stopped, no_such
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
+from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -184,7 +185,12 @@ class RewardSet:
         cuts = [starts[len(starts[1:]) * r // size] for r in range(size + 1)]
         mine = rollout.part(cuts[rank], cuts[rank + 1])
         nothing = RewardScores([], {name: [] for name in self.names}, [], [])
-        found = self._score(mine) if len(mine.completions) else nothing
+        models = {
+            name: reward(rollout, self.ranks)[cuts[rank] : cuts[rank + 1]]
+            for name, reward in zip(self.names, self.rewards, strict=True)
+            if isinstance(reward, ModelReward)
+        }
+        found = self._score(mine, models) if len(mine.completions) else nothing
         parts = [RewardScores(**told) for told in self.ranks.gather("rewards", asdict(found))]
         return RewardScores(
             [x for part in parts for x in part.total],
@@ -197,13 +203,15 @@ class RewardSet:
             [x for part in parts for x in part.tokens],
         )
 
-    def _score(self, rollout: Rollout) -> RewardScores:
+    def _score(
+        self, rollout: Rollout, known: Mapping[str, list[Any]] | None = None
+    ) -> RewardScores:
         completions = rollout.completions
         per_reward: dict[str, list[float | None]] = {}
         invalid: list[tuple[int, str, str]] = []
         tokens: list[list[float] | None] = [None] * len(completions)
         for name, weight, reward, returned in zip(
-            self.names, self.weights, self.rewards, self._call(rollout), strict=True
+            self.names, self.weights, self.rewards, self._call(rollout, known or {}), strict=True
         ):
             per_reward[name] = []
             for index, value in enumerate(
@@ -243,9 +251,10 @@ class RewardSet:
                 )
         return RewardScores(total, per_reward, invalid, tokens)
 
-    def _call(self, rollout: Rollout) -> list[Any]:
-        returned = [
-            blame(f"reward {name!r}", partial(reward, rollout))
+    def _call(self, rollout: Rollout, known: Mapping[str, list[Any]]) -> list[Any]:
+        """Return what each reward returns, but for those whose values are known."""
+        returned: list[Any] = [
+            known[name] if name in known else blame(f"reward {name!r}", partial(reward, rollout))
             for name, reward in zip(self.names, self.rewards, strict=True)
         ]
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
@@ -603,7 +612,9 @@ class ModelReward:
         self._eos = end_of_text(self.tokenizer, config.eos_token_ids)
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> list[float | Invalid]:
+    def __call__(self, rollout: Rollout, ranks: Ranks = ALONE) -> list[float | Invalid]:
+        """Score a rollout. The given ranks divide its forward passes, which are cut alike on any
+        number of ranks, so that the scores have the same bits."""
         pairs = (
             list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True))
             if self._same
@@ -624,9 +635,13 @@ class ModelReward:
         batch = PackedBatch.from_sequences(
             (pairs[index] for index in fitting), device=self.model.head.weight.device
         )
-        for part in batch.split(TOKENS_PER_FORWARD):
-            for row, value in zip(part, self.model(batch.select(part)).tolist(), strict=True):
-                values[fitting[row]] = value
+        parts = batch.split(TOKENS_PER_FORWARD)
+        scores = torch.zeros(len(fitting), dtype=torch.float64, device=batch.device)
+        for index in deal(costs_of(batch.lengths, parts), ranks.size)[ranks.rank]:
+            scores[parts[index]] = self.model(batch.select(parts[index])).double()
+        ranks.sum("scores of a reward model", scores)
+        for index, value in zip(fitting, scores.tolist(), strict=True):
+            values[index] = value
         return values
 
     def _tokenize(self, rollout: Rollout) -> list[tuple[Sequence[int], Sequence[int]]]:

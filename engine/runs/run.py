@@ -154,6 +154,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             alone = self.ranks.size == 1
             if alone and not (saver.safe or saver.saving or capturing) and saver.whole:
                 self._save(saver)
+        elif self.ranks.inside:  # the others wait for tensors
+            return
         elif self._signals > 2 or (not saver.saving and (saver.safe or saver.whole)):
             raise Stopped(self._exit)
         else:

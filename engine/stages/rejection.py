@@ -72,14 +72,8 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    rewards = RewardSet(
-        [
-            load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer)
-            for spec in config.reward
-        ],
-        config.reward_weights,
-        ranks,
-    )
+    load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
+    rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
     learner = Learner(actor, config.optim, ranks=ranks)
     with Run(config, config.steps, ranks) as run:
         prompts = read_prompts(config, actor, run)

@@ -222,7 +222,7 @@ class HeldOut:
         )
         parts = zip(gold.names, gold.rewards, strict=True) if gold is not None else ()
         self._rewards = {"reward": rewards} | {
-            f"gold/{name}": RewardSet([reward]) for name, reward in parts
+            f"gold/{name}": RewardSet([reward], ranks=rewards.ranks) for name, reward in parts
         }
         room = actor.decoder.config.max_positions - config.generation.max_new_tokens
         examples = load_prompts(

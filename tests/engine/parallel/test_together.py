@@ -1,6 +1,7 @@
 """Several processes that train one model: with as many lanes, the bits of one process; whatever
 ends one of them ends all."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,9 @@ from tests.support.behaviour import cases, differences, furnish, read_run
 from tests.support.ranks import comparable, together
 from tests.support.ranks import start as start_ranks
 
+from fusedrl.engine.cli import devices
 from fusedrl.engine.cli.main import main
+from fusedrl.engine.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.cpu_only("processes of gloo")
 LANES = ["--parallel.lanes", "8"]
@@ -199,6 +202,25 @@ def ended(process):
     return process.returncode, said
 
 
+def ranks_env():
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "GLOO_SOCKET_IFNAME": devices.LOOPBACK,
+    }
+
+
+def wait_for_a_step(metrics):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes()):
+        time.sleep(0.05)
+
+
+REWARD_RUN = [
+    *("--model", "m", "--data", "pairs.jsonl", "--pairs_per_step", "12", "--device", "cpu"),
+    *("--run.dir", "judge", "--run.progress", "false"),
+]
+
+
 def steps_of(directory, run):
     return sorted(int(p.name[5:]) for p in (directory / run / "checkpoints").glob("step_*"))
 
@@ -237,9 +259,7 @@ def test_a_rank_that_dies_is_told_of_and_the_run_goes_on_with_any_number_of_rank
 def test_a_signal_lets_the_step_end_on_all_ranks_and_saves_it(furnished):
     process = start(furnished, "slow", 200, "stopped", 2)
     metrics = furnished / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes()):
-        time.sleep(0.05)
+    wait_for_a_step(metrics)
     process.send_signal(signal.SIGTERM)
     code, said = ended(process)
     assert code == 143, said
@@ -248,12 +268,57 @@ def test_a_signal_lets_the_step_end_on_all_ranks_and_saves_it(furnished):
     assert said.count("the run stops when this step is complete and saved") == 1
 
 
+def test_a_rank_that_dies_before_all_have_joined_ends_the_others(furnished, monkeypatch, capfd):
+    monkeypatch.setattr(devices, "GRACE", 1.0)
+    store = furnished / "lonely-store"
+    words = command(furnished, "length", 2, "lonely", 1)
+    dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    children = [
+        subprocess.Popen(one, cwd=furnished, env=ranks_env(), stderr=subprocess.DEVNULL)
+        for one in ([*words, "--place", f"0,2,{store}"], dies)
+    ]
+    began = time.monotonic()
+    assert devices._ended(children) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 60
+    assert "rank 1 of 2 was ended by SIGKILL" in capfd.readouterr().err
+
+
+def test_ctrl_c_and_signals_of_the_run_reach_all(furnished):
+    for number, more in ((signal.SIGINT, []), (signal.SIGQUIT, ["--run.signals", "SIGQUIT"])):
+        name = f"signal{int(number)}"
+        process = start(furnished, "slow", 200, name, 2, *more)
+        wait_for_a_step(furnished / name / "metrics.jsonl")
+        process.send_signal(number)
+        code, said = ended(process)
+        assert code == 128 + number, said
+        assert "Traceback" not in said
+
+
+def test_a_failure_between_a_word_and_its_tensors_does_not_meet(monkeypatch):
+    """The others wait for tensors there, and would take the word for them."""
+    ranks, met = Ranks(0, 2), []
+    monkeypatch.setattr(Ranks, "_meet", lambda self, what, failure: met.append(what) or [])
+    with pytest.raises(MemoryError) as caught, ranks.meeting("sums"):
+        raise MemoryError
+    assert ranks.fail(caught.value) is False
+    assert met == ["sums"]
+    with pytest.raises(TypeError):
+        ranks.gather("values", object())
+    assert met == ["sums"], "what cannot be told is found before the others are met"
+
+
+def test_a_reward_model_scores_alike_on_any_number_of_ranks(furnished):
+    """Its forward passes are cut by the whole rollout."""
+    with contextlib.chdir(furnished):
+        assert main(["train", "reward", *REWARD_RUN]) == 0
+    judge = ["--reward", "judge/model", "--monitor_reward", "judge/model"]
+    alike(furnished, [2], ["ppo"], [*LANES, *judge, "--samples_per_prompt", "3"])
+
+
 def test_nothing_listens_but_on_loopback(furnished):
     process = start(furnished, "slow", 200, "heard", 2)
     metrics = furnished / "heard" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes()):
-        time.sleep(0.05)
+    wait_for_a_step(metrics)
     listening = set()
     for child in Path("/proc").glob("[0-9]*"):
         try:
@@ -283,10 +348,10 @@ def test_fewer_prompts_than_ranks_and_one_micro_batch(furnished):
     """Ranks with nothing to do take part in everything."""
     few = ["--prompts_per_step", "1", "--tokens_per_microbatch", "9999"]
     runs = []
-    for devices in (1, 4):
-        code, said = ended(start(furnished, "length", 2, f"few{devices}", devices, *few))
+    for count in (1, 4):
+        code, said = ended(start(furnished, "length", 2, f"few{count}", count, *few))
         assert code == 0, said
-        runs.append(comparable(read_run(furnished / f"few{devices}")))
+        runs.append(comparable(read_run(furnished / f"few{count}")))
     assert differences(*runs) == []
 
 
