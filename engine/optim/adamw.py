@@ -146,7 +146,7 @@ class Optimizer:
         return [] if self._adamw is None else self._adamw.param_groups
 
     def tree(self) -> Tree:
-        """Return an empty sum for the gradients of lanes (lanes.py), to be passed to `step`."""
+        """Return an empty sum for the gradients of lanes (parallel/lanes.py), for `step`."""
         like = {
             name: p.detach().new_empty((), dtype=_wide(p)).expand(p.shape)  # takes no memory
             for name, p in self._params.items()
