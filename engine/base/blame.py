@@ -38,8 +38,9 @@ def _text(make: Callable[[], str], otherwise: str) -> str:
 
 def blame(what: str, call: Callable[[], Any], kind: type[UserError] = RewardError) -> Any:
     """Call a user's function and return its result. Whatever the function raises, even sys.exit,
-    raise an error of this kind instead, which names `what` and where it happened. Keyboard
-    interrupts, and the end of a run that was requested meanwhile, pass unchanged."""
+    raise an error of this kind instead, which names `what` and where it happened. An error that is
+    of this kind already, KeyboardInterrupt and `Stopped` (someone asked for the run to end) are
+    passed on unchanged."""
     try:
         return call()
     except (kind, KeyboardInterrupt, Stopped):

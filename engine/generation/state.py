@@ -147,9 +147,9 @@ def advance(
     tokens: Tokens | None = None,
     value_head: ValueHead | None = None,
 ) -> None:
-    """Run one step of the rows of `state` (None: no row draws). `tokens`: the tokens of the step,
-    if it computes more than the newest token of each row. `value_head`: needed if the state records
-    values."""
+    """Run one generation step for the rows of `state`. If `state` is None, the step is computed,
+    but no token is sampled. `tokens`: the tokens of the step, if it computes more than the newest
+    token of each row. `value_head`: needed if the state records values."""
     if tokens is None and state is not None:
         tokens = state.tokens
     if tokens is None:

@@ -233,7 +233,7 @@ class Ops(ABC):
 def layer(
     ops: Ops, index: int, weights: LayerWeights, delta_NH: Tensor, stream_NH: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run layer `index` on a residual stream in two parts.
+    """Run layer `index`. The residual stream comes as two tensors that are not added yet.
 
     Args:
         delta_NH: output of the layer before (of the embedding, for the first layer).

@@ -105,8 +105,9 @@ class Signals:
         completion look like a gain, whatever the token is. Values that are too high would make it
         look like a loss, and the critic's own training steps are too short to mend this at once.
 
-        The first rollout applies the whole correction. A later rollout applies the part that
-        `beyond_chance` returns, so that a shift of all rewards is followed at once. Each of its
+        The first rollout applies the whole correction. Later rollouts apply only the
+        part of it that chance does not explain (`beyond_chance`), so a real shift of all rewards is
+        still followed at once. Each of their
         completions is corrected by the completions of the other prompts: a baseline that depends on
         the completion itself would bias its gradient.
         """

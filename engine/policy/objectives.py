@@ -288,19 +288,20 @@ class ValueScale(NamedTuple):
 
     @classmethod
     def of(cls, config: PolicyConfig, batch: PackedBatch, unit: float) -> ValueScale:
-        """Derive the scale from a rollout's batch, however the batch is split, and the unit of the
-        value head. `clip` is a multiple of the unit: an absolute clip would stop values that have
-        far to go.
+        """Derive the scale from a rollout's whole batch and the unit of the value head. How the
+        batch is split does not matter. `clip` is a multiple of the unit: an absolute clip would
+        stop values that have far to go.
 
         Errors are divided by the unit, or by the root mean square of all values' errors if that is
         larger. So no rollout's value loss is far above 1 / 2. Undivided, the value loss would grow
         with the square of the rewards. On a trunk shared with the policy it would then drown the
-        policy's gradient wherever rewards, or the KL's coefficient, are large, or a single reward
-        is.
+        policy's gradient if the rewards or the KL coefficient are large, or even if only one
+        reward is large.
 
         If advantages are not whitened, the policy's gradient is proportional to the rewards.
-        `objective_loss` then divides the value loss by `error` instead of its square: on a shared
-        trunk a value loss without units would drown the policy's gradient where rewards are small.
+        `objective_loss` then divides the value loss by `error`, not by the square of `error`, so
+        that the value loss scales with the rewards as well. Otherwise it would drown the policy's
+        gradient on a shared trunk when rewards are small.
         """
         clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
         if batch.returns is None:

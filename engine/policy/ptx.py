@@ -50,7 +50,8 @@ class Ptx:
         self._seen: list[Tensor] = []
 
     def backward(self, actor: HybridActor, index: int, update: Update | None = None) -> Tensor:
-        """Add the gradient of optimizer step `index` (from 0) of the run to the existing gradients.
+        """Add the gradient of the pretraining loss for the run's optimizer step `index` (counted
+        from 0) to the existing gradients.
         Return the pretraining part of the loss, 0-d.
 
         Args:

@@ -40,8 +40,9 @@ def rollout_func(
     Args:
         actor: function that makes an actor from the trainer's unwrapped model and its tokenizer,
             such as functools.partial(HybridActor.from_module, cache=...). It is called at the first
-            rollout, and again if the trainer has moved the weights since. Or an actor that was made
-            from the model in the place where the trainer keeps it.
+            rollout, and again if the trainer has moved the weights since. It may also be an actor
+            that was made from the trainer's model, if the trainer has not moved, cast or wrapped
+            that model since.
         params: sampling options (n is ignored); None: as the trainer's arguments say
             (max_completion_length, temperature, top_p, top_k, min_p, seed).
     Raises:

@@ -38,8 +38,8 @@ def logprob(
     the token is -100.
 
     Only logits above -inf count. If a row has none, the token's log-probability is -inf and the
-    entropy 0. `kept` is bool [N, V], the tokens that top-k, top-p and min-p left; in a row that
-    marks any, only these count."""
+    entropy 0. `kept` [N, V] is True for the tokens that top-k, top-p and min-p left. In a row with
+    at least one True, only the kept tokens count; a row without any is not restricted."""
     logps, entropies = [], []
     zero = logits.new_zeros(())
     for n, token in enumerate(token_ids.tolist()):
