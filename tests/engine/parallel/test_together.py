@@ -187,10 +187,16 @@ def command(directory, reward, steps, run, devices, *options, stage="ppo"):
     ]
 
 
+def heeds_ctrl_c():
+    """A shell's background job ignores it, and what it starts does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(directory, *arguments, **options):
     return subprocess.Popen(
         command(directory, *arguments, **options),
         cwd=directory,
+        preexec_fn=heeds_ctrl_c,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stderr=subprocess.PIPE,
         text=True,
