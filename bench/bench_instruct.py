@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -25,7 +30,7 @@ import torch
 from bench.bench_decode import NEW, PROMPT, as_many, models
 from bench.bench_generate import ceilings, workload
 from bench.bench_step import as_it_should, one, trl_step
-from bench.harness import DEVICE, Random, agree
+from bench.harness import DEVICE, Random, agree, resident
 from transformers import AutoTokenizer
 
 from fusedrl.engine import HybridActor
@@ -146,6 +151,67 @@ def bench_two_threads(contest, path, work, dtype):
     )
 
 
+def questions(file: Path) -> list[str]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line)["question"] for line, _ in zip(lines, range(8), strict=False)]
+
+
+def our_step(path: Path, texts: list[str], tokenizer: Any) -> PolicyStep:
+    actor = HybridActor.from_pretrained(path, dtype=torch.float32, device=DEVICE)
+    actor.decoder.config = dataclasses.replace(actor.decoder.config, eos_token_ids=())
+    actor.tokenizer = None
+    prompts = tuple(tuple(tokenizer(text)["input_ids"]) for text in texts)
+    asked = Workload("GSM8K", prompts, (TOKENS,) * len(prompts), SAMPLES)
+    return PolicyStep(actor, asked, algorithm="grpo", tokens_per_microbatch=2048)
+
+
+def their_step(path: Path, texts: list[str], tokenizer: Any, directory: Path) -> Any:
+    sizes = {"texts": texts, "samples": SAMPLES, "new": TOKENS, "parts": len(texts)}
+    return trl_step(path, tokenizer, directory, **sizes)
+
+
+def two_steps(contestant: str, path: str, file: str) -> None:
+    """Print the peak of resident memory of this process after two steps, in bytes."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    asked = Path(path), questions(Path(file)), tokenizer
+    with TemporaryDirectory() as directory, ExitStack() as stack:
+        step = (
+            our_step(*asked)
+            if contestant == "fusedrl"
+            else stack.enter_context(their_step(*asked, Path(directory)))
+        )
+        step(), step()  # the moments of the first stand while the second is computed
+        print(resident("VmHWM"))
+
+
+def memory(path: Path, file: Path) -> dict[str, float]:
+    """Peak of a process that makes two steps, model and libraries included; malloc as it comes."""
+
+    def peak(contestant: str) -> int:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from bench.bench_instruct import two_steps; "
+                f"two_steps({contestant!r}, {str(path)!r}, {str(file)!r})",
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"},
+        )
+        if done.returncode:
+            raise RuntimeError(f"{contestant}: expected a peak of memory, got\n{done.stderr}")
+        return int(done.stdout.split()[-1])
+
+    mine, theirs = peak("fusedrl"), peak("TRL")
+    return {
+        "peak memory of the process, MB": mine / 1e6,
+        "TRL's, MB": theirs / 1e6,
+        "ours / TRL's, %": 100 * mine / theirs,
+    }
+
+
 def bench_grpo(contest, request, path, tmp_path):
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     file = request.config.getoption("--questions")
@@ -153,23 +219,17 @@ def bench_grpo(contest, request, path, tmp_path):
         pytest.skip(
             f"no questions in {file}: name a JSON lines file with `question` by --questions"
         )
-    with file.open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["question"] for line, _ in zip(lines, range(8), strict=False)]
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    actor = HybridActor.from_pretrained(path, dtype=torch.float32, device=DEVICE)
-    actor.decoder.config = dataclasses.replace(actor.decoder.config, eos_token_ids=())
-    actor.tokenizer = None
-    prompts = tuple(tuple(tokenizer(text)["input_ids"]) for text in texts)
-    asked = Workload("GSM8K", prompts, (TOKENS,) * len(prompts), SAMPLES)
-    step = PolicyStep(actor, asked, algorithm="grpo", tokens_per_microbatch=2048)
-    flops = 4 * forward_flops(actor.decoder.config, asked.lengths(), asked.output_tokens)
-    sizes = {"texts": texts, "samples": SAMPLES, "new": TOKENS, "parts": len(texts)}
-    with trl_step(path, tokenizer, tmp_path, **sizes) as theirs:
+    asked = path, questions(file), tokenizer
+    step = our_step(*asked)
+    config, work = step.actor.decoder.config, step.workload
+    with their_step(*asked, tmp_path) as theirs:
         contest(
             "GRPO step, 135M",
             f"8 of GSM8K x {SAMPLES} x {TOKENS}",
             torch.float32,
             {"fusedrl": one(step), "TRL": theirs},
-            flops=flops,
+            flops=4 * forward_flops(config, work.lengths(), work.output_tokens),
             same=as_it_should,
+            derive=lambda _: memory(path, file) if DEVICE.type == "cpu" else {},
         )

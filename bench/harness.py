@@ -373,18 +373,18 @@ def peak_memory(module: str, builder: str, contestant: str) -> int:
 def _measure_peak(module: str, builder: str, contestant: str) -> None:
     torch.set_num_threads(1)
     call = getattr(importlib.import_module(module), builder)()[contestant]
-    now, peak = _resident("VmRSS"), _resident("VmHWM")
+    now, peak = resident("VmRSS"), resident("VmHWM")
     if peak - now > 8 << 20:
         raise RuntimeError(
             "expected the inputs to be made without a peak of their own, got one of "
             f"{(peak - now) >> 20} MiB above what is left"
         )
     answer = call()
-    print(_resident("VmHWM") - now)
+    print(resident("VmHWM") - now)
     del answer
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     return next(
         int(line.split()[1]) << 10
         for line in ceilings.read_text("/proc/self/status").splitlines()

@@ -218,7 +218,7 @@ def test_peak_memory():
 
 
 def test_peak_memory_refuses_inputs_that_hide_it(monkeypatch):
-    monkeypatch.setattr(harness, "_resident", {"VmRSS": 100 << 20, "VmHWM": 200 << 20}.__getitem__)
+    monkeypatch.setattr(harness, "resident", {"VmRSS": 100 << 20, "VmHWM": 200 << 20}.__getitem__)
     with pytest.raises(RuntimeError, match="made without a peak of their own, got one of 100 MiB"):
         harness._measure_peak("tests.bench.test_bench", "builder", "a tensor")
 
