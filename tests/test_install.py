@@ -332,6 +332,7 @@ def test_a_wheel_from_the_source_distribution_has_the_native_kernels(sdist, tmp_
     assert all(
         (tmp_path / "site/fusedrl" / name).is_file()
         for name in (
+            "__main__.py",
             "engine/py.typed",
             "kernels/py.typed",
             "kernels/cuda_src/gae.cu",

@@ -2,7 +2,7 @@
 device.
 
 The processes find one another through a file, and communicate only over the loopback interface.
-`torchrun --nproc-per-node N -m fusedrl.engine.cli train ...` does the same with torch's launcher,
+`torchrun --nproc-per-node N -m fusedrl train ...` does the same with torch's launcher,
 over the interface that torch chooses.
 """
 
