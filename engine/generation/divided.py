@@ -49,9 +49,10 @@ def divided(
     mine = dealt[ranks.rank]
     outs = generate([prompts[i] for i in mine], [each[i] for i in mine], [ids[i] for i in mine])
     found: list[list[Completion]] = [[] for _ in prompts]
-    for indices, groups in zip(dealt, gathered(ranks, outs), strict=True):
+    for rank, (indices, groups) in enumerate(zip(dealt, gathered(ranks, outs), strict=True)):
         for index, group in zip(indices, groups, strict=True):
             found[index] = group
+            ranks.drawn[rank] += sum(len(completion.token_ids) for completion in group)
     return found
 
 

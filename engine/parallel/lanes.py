@@ -114,9 +114,8 @@ class Tree:
         live = {name: [row[i] for row in there] for i, name in enumerate(names)}
         live = {name: on for name, on in live.items() if any(on)}
         found: Gradients = {}
-        with self._ranks.meeting("sums of gradients"):
-            for bucket in self._buckets(list(live)):
-                found |= self._exchanged(bucket, total, live)
+        for bucket in self._buckets(list(live)):
+            found |= self._exchanged(bucket, total, live)
         return found, list(live)
 
     def _buckets(self, names: Sequence[str]) -> list[list[list[str]]]:
@@ -185,22 +184,29 @@ def send_parameters(
     """Fill the parameters with these names, in place, with their owners' values."""
     if ranks.size == 1:
         return
-    with ranks.meeting("parameters"):
-        for owner in range(ranks.size):
-            _send_from(ranks, owner, [n for n in names if owners[n] == owner], parameters)
+    for owner in range(ranks.size):
+        _send_from(ranks, owner, [n for n in names if owners[n] == owner], parameters)
 
 
 def _send_from(
     ranks: Ranks, owner: int, names: Sequence[str], parameters: Mapping[str, Tensor]
 ) -> None:
-    """Fill the parameters that one rank owns."""
+    """Fill the parameters that one rank owns. All memory is allocated before the ranks meet."""
     for dtype in dict.fromkeys(parameters[name].dtype for name in names):
         queue = [name for name in names if parameters[name].dtype == dtype]
+        messages = []
         while queue:
-            taken = _taken(queue, parameters)
-            flat = torch.cat([parameters[name].detach().reshape(-1) for name in taken])
-            ranks.from_owner("parameters", owner, flat)
-            if owner != ranks.rank:
-                sizes = [parameters[name].numel() for name in taken]
-                for name, part in zip(taken, flat.split(sizes), strict=True):
-                    parameters[name].copy_(part.view(parameters[name].shape))
+            messages.append(_taken(queue, parameters))
+        counts = [sum(parameters[name].numel() for name in taken) for taken in messages]
+        room = parameters[messages[0][0]].detach().new_empty(max(counts))
+        with ranks.meeting("parameters"):
+            for taken, count in zip(messages, counts, strict=True):
+                flat, sizes = room[:count], [parameters[name].numel() for name in taken]
+                parts = list(zip(taken, flat.split(sizes), strict=True))
+                if owner == ranks.rank:
+                    for name, part in parts:
+                        part.view(parameters[name].shape).copy_(parameters[name].detach())
+                ranks.from_owner("parameters", owner, flat)
+                if owner != ranks.rank:
+                    for name, part in parts:
+                        parameters[name].copy_(part.view(parameters[name].shape))

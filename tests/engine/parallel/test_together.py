@@ -281,7 +281,7 @@ def test_a_rank_that_dies_before_all_have_joined_ends_the_others(furnished, monk
     dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     children = [
         subprocess.Popen(one, cwd=furnished, env=ranks_env(), stderr=subprocess.DEVNULL)
-        for one in ([*words, "--place", f"0,2,{store}"], dies)
+        for one in ([*words, "--place", f"0,2,{os.getpid()},{store}"], dies)
     ]
     began = time.monotonic()
     assert devices._ended(children) == 128 + signal.SIGKILL
@@ -398,7 +398,7 @@ def test_ranks_with_different_commands_name_rank_and_key(furnished):
     processes = []
     for rank in (0, 1):
         words = command(furnished, "length", 2, "different", 1)
-        words += ["--place", f"{rank},2,{store}", "--run.seed", str(rank)]
+        words += ["--place", f"{rank},2,{os.getpid()},{store}", "--run.seed", str(rank)]
         processes.append(
             subprocess.Popen(
                 words,
