@@ -48,6 +48,10 @@ class Elsewhere(Exception):
     """Mark of an error that happened on another rank (process), which has reported it."""
 
 
+# torch on a GPU and libraries that exchange tensors; torch on a CPU
+_SHORT = ("out of memory", "can't allocate memory", "not enough memory")
+
+
 def ran_out(error: BaseException | None) -> bool:
     """Whether an allocation failed: Python's, torch's on a CPU or a GPU, or that of a library which
     exchanges tensors."""
@@ -55,7 +59,7 @@ def ran_out(error: BaseException | None) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and not isinstance(error, SetupError)
-        and ("out of memory" in words or "allocate memory" in words)
+        and any(said in words for said in _SHORT)
     )
 
 

@@ -175,7 +175,7 @@ class Ranks:
             return True
         text = f"{type(error).__name__}: {error}"[:_LONGEST]
         if self.inside:
-            if not isinstance(error, _Lost):
+            if not isinstance(error, _Lost | Elsewhere):
                 self._leave_word(text)
             return False
         try:
