@@ -201,15 +201,15 @@ def test_ranks_with_other_data_name_rank_and_key(furnished, tmp_path):
 
 
 def test_ranks_with_other_packages_name_rank_and_key(furnished, tmp_path):
-    information = tmp_path / "tokenizers-0.0.1.dist-info"
+    information = tmp_path / "torchao-0.0.1.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.0.1")
     env = ranks_env()
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
     found = placed(furnished, "other-packages", other={"env": env})
     assert [code for code, _ in found] == [2, 2], found
     said = "".join(said for _, said in found)
-    assert "tokenizers is '0.0.1' on rank 1" in said
+    assert "torchao is '0.0.1' on rank 1" in said
     assert "same command, files and packages" in said
 
 
