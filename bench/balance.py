@@ -2,8 +2,8 @@
 simulated GPUs. `python -m bench.balance` prints the tables of docs/scaling.md that are about it.
 
 A completion's length is log-normal: its prompt's mean spreads by `between`, a completion around it
-by `within` (standard deviations of the logarithm), up to 16 times the mean of all. A rank generates as the
-engine does: sequences are admitted as slots are free, and a step of decoding takes the time to read
+by `within` (standard deviations of the logarithm), up to 16 times the mean of all. A rank generates
+as the engine does: sequences are admitted as slots are free, and a step of decoding takes the time to read
 the weights plus a time for each sequence (`scaling_model.step_seconds`). A deal is judged by the
 busiest rank over the mean, in tokens, and by the time until the last rank is done over that of a
 division without any loss.
@@ -145,8 +145,8 @@ def judged(case: Case, way: str, seed: int) -> tuple[float, float, float]:
 def table(repeats: int = 20) -> str:
     """The table in Markdown: means over `repeats` draws of lengths."""
     rows = [
-        "| model, GPUs, prompts x 8, spread between and within, mean, slots | deal | busiest over mean, "
-        "tokens: expected | drawn | seconds | against by prompt |",
+        "| model, GPUs, prompts x 8, spread between and within, mean, slots | deal | busiest over "
+        "mean, tokens: expected | drawn | seconds | against by prompt |",
         "|---|---|---|---|---|---|",
     ]
     for case in CASES:
@@ -159,8 +159,8 @@ def table(repeats: int = 20) -> str:
             base = base or seconds
             name = f"{case.model}, {case.ranks}, {case.prompts}, {case.between} and {case.within}"
             rows.append(
-                f"| {name}, {case.mean}, {case.slots} | {way} | {predicted:.2f} | {tokens:.2f} | {seconds:.1f} "
-                f"| {100 * (seconds / base - 1):+.1f}% |"
+                f"| {name}, {case.mean}, {case.slots} | {way} | {predicted:.2f} | {tokens:.2f} | "
+                f"{seconds:.1f} | {100 * (seconds / base - 1):+.1f}% |"
             )
     return "\n".join(rows)
 

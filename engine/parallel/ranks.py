@@ -297,17 +297,17 @@ class Ranks:
         self.moved["experience"] += (self.size - 1) * padded.nbytes
         return [row[:size] for row, size in zip(everyone, sizes, strict=True)]
 
-    def to_owners(self, what: str, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send the r-th part, flat, to rank r. Return the parts that every rank sent here, in the
-        order of the ranks. Errors are those of `meet`."""
+    def to_owners(self, what: str, flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Send the first `sizes[0]` numbers to rank 0, the next `sizes[1]` to rank 1, and so on.
+        Return what every rank sent here, in the order of the ranks. Errors are those of `meet`."""
         if self.size == 1:
-            return [parts[0]]
-        out, sizes = parts[0].new_empty(self.size * len(parts[self.rank])), [len(p) for p in parts]
-        flat, arriving = torch.cat(list(parts)), [len(parts[self.rank])] * self.size
+            return [flat]
+        mine = sizes[self.rank]
+        out, arriving = flat.new_empty(self.size * mine), [mine] * self.size
         with self.meeting(what):
-            self._call(what, lambda: dist.all_to_all_single(out, flat, arriving, sizes))
-        self.moved[what] += sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank)
-        return list(out.split(len(parts[self.rank])))
+            self._call(what, lambda: dist.all_to_all_single(out, flat, arriving, list(sizes)))
+        self.moved[what] += (len(flat) - mine) * flat.itemsize
+        return list(out.view(self.size, mine))
 
     def from_owner(self, what: str, owner: int, flat: Tensor) -> None:
         """Fill `flat`, in place, with the owner's values. Call it inside a meeting."""

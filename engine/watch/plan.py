@@ -61,7 +61,7 @@ from fusedrl.engine.model.weights import (
 )
 from fusedrl.engine.model.wide import TILE, narrow_products
 from fusedrl.engine.optim.adamw import BLOCK, quantized
-from fusedrl.engine.parallel.lanes import deal
+from fusedrl.engine.parallel.lanes import buffer_bytes, deal
 from fusedrl.engine.parallel.ranks import lanes_of
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.policy.objectives import make_objective, two_steps
@@ -178,6 +178,27 @@ class Plan:
         """Whether the run's peak fits in `memory`."""
         return self.parts.peak <= self.memory
 
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Numbers of devices by which a layer's products could be divided."""
+        return [t for t in (2, 4, 8) if self.devices % t == 0]
+
+    def tensor_parallel(self, t: int) -> Parts:
+        """Return what tensor parallelism in groups of `t` devices would hold; it is not built.
+
+        Weights, reference and gradients are divided by t; masters and moments are divided among all
+        devices as before. A group generates the sequences of its t devices with a cache of 1 / t of
+        a token on each, so the cache stays as it is. Activations and workspace are left as they
+        are, which is more than they would be.
+        """
+        parts = self.parts
+        return replace(
+            parts,
+            weights=parts.weights // t,
+            reference=parts.reference // t,
+            gradients=parts.gradients // t,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         names = {False: "plain", True: "checkpointed"}
@@ -201,6 +222,9 @@ class Plan:
             "activation_bytes": tables["activations"],
             "peak_bytes": tables["peaks"],
             "largest_tokens_per_microbatch": tables["largest"],
+            "tensor_parallel_fixed_bytes": {
+                str(t): self.tensor_parallel(t).fixed for t in self.tensor_sizes
+            },
         }
 
 
@@ -349,6 +373,8 @@ class Planner:
         # gradients of 2 bytes are summed in float32; sums of lanes are kept until all are there
         waiting = self._lanes // self._devices
         self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached) * waiting.bit_length()
+        # messages that gradients are exchanged in, after the backward passes
+        self._exchange = buffer_bytes(sum(n for n, _ in trained), self._devices)
         self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
         # moments, and masters; the most that one device owns
         states = [self._moments(n) + (4 * n if e < 4 else 0) for n, e in trained]
@@ -638,7 +664,7 @@ class Planner:
         if isinstance(self.config, PolicyConfig) and self.config.strict:
             # the recomputed forward's gradients are complete before they are added
             embedding += self._backward
-        return max(0, rise, inside + tied, embedding + tied, generate)
+        return max(0, rise, inside + tied, embedding + tied, generate, self._exchange - held)
 
     def _generation_bytes(self) -> int:
         if not isinstance(self.config, SamplingConfig):
@@ -776,6 +802,23 @@ def _cache_row(found: Plan) -> str:
     return f"KV cache: {asked}" if found.demand_met else f"KV cache: what is left; {asked} wait"
 
 
+def _tensor_table(found: Plan) -> Any:
+    """Return a table of what a device would hold with tensor parallelism."""
+    from rich.table import Table
+
+    table = Table(
+        title="with tensor parallelism: computed; not built, so that a run cannot choose it",
+        title_justify="left",
+    )
+    for name in ("devices to a group", "weights", "gradients", "optimizer", "all that is fixed"):
+        table.add_column(name, justify="right")
+    for t in (1, *found.tensor_sizes):
+        parts = found.tensor_parallel(t)
+        counts = (parts.weights, parts.gradients, parts.optimizer, parts.fixed)
+        table.add_row(str(t), *map(format_bytes, counts))
+    return table
+
+
 def print_plan(found: Plan) -> None:
     """Print the plan as a table on standard output."""
     from rich.console import Console
@@ -810,6 +853,8 @@ def print_plan(found: Plan) -> None:
     table.add_row("available", format_bytes(found.memory))
     console = Console(width=100)
     console.print(table)
+    if found.tensor_sizes:
+        console.print(_tensor_table(found))
     for checkpointed, name in ((False, "without"), (True, "with")):
         most, needed = found.largest[checkpointed], format_bytes(parts.fixed)
         verdict = (

@@ -42,7 +42,7 @@ def short_before(prompts, completions, **columns):
     from fusedrl.engine.parallel.lanes import Tree
     CALLS[0] += 1
     if CALLS[0] == 2 and RANK == 1:
-        Tree._flat = too_much
+        Tree._cut = too_much
     return length(prompts, completions)
 
 def short_inside(prompts, completions, **columns):
