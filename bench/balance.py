@@ -3,16 +3,15 @@ simulated GPUs. `python -m bench.balance` prints the tables of docs/scaling.md t
 
 A completion's length is log-normal: its prompt's mean spreads by `between`, a completion around it
 by `within` (standard deviations of the logarithm), up to 16 times the mean of all. A rank generates
-as the engine does: sequences are admitted as slots are free, and a step of decoding takes the time to read
-the weights plus a time for each sequence (`scaling_model.step_seconds`). A deal is judged by the
-busiest rank over the mean, in tokens, and by the time until the last rank is done over that of a
-division without any loss.
+as the engine does: sequences are admitted as slots are free, and a step of decoding takes the time
+to read the weights plus a time for each sequence (`scaling_model.step_seconds`). A deal is judged
+by the busiest rank over the mean, in tokens, and by the time until the last rank is done.
 
     by prompt    what the engine does: by the length of the prompt, as many prompts each
     seen once    by the mean length of 8 earlier completions of the same prompt
     exact means  by the prompts' true mean lengths: the most that any estimate can do
     hindsight    by the lengths that are drawn, which nobody knows before
-    handed out   two thirds as by prompt, the rest one by one to whoever has a free slot
+    handed out   two thirds as by prompt, the rest one by one to whoever has finished as many
 """
 
 from __future__ import annotations
@@ -86,13 +85,14 @@ class Rank:
         self.clock, self.tokens, self._steps = 0.0, 0, 0
         self._ends: list[int] = []  # the step at which each sequence ends
         self._waiting, self._slots, self._mean = list(waiting), case.slots, case.mean
+        self._most = min(case.slots, len(waiting))  # at once, of what is handed out
         self._model = model
 
     def run(self, more: Callable[[], list[int]]) -> bool:
         """Decode until the next sequence ends; `more` gives further lengths. Return whether there
         is anything left."""
         while len(self._ends) < self._slots:
-            if not self._waiting:
+            if not self._waiting and len(self._ends) + SAMPLES <= self._most:
                 self._waiting = more()
             if not self._waiting:
                 break

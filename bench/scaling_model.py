@@ -10,12 +10,13 @@ S sequences and N tokens a step, u optimizer steps:
     rollout     sum over steps of (2n/t + active x context x kv/t) / HBM, or 2n active / (t FLOP/s)
                 where that is more, + launches + 2L all-reduces; of S t / P sequences a group
     scoring     2n N / (P FLOP/s), training 6n N / (P FLOP/s), each times the busiest rank's share
-    optimizer   u 30n / P / HBM: reads gradient, master and moments, writes them and weights
-    exchange    u (P-1)/P (4n + 2n)/t / NVLink: gradients in float32 out, parameters in bfloat16 in;
+    optimizer   u 30n' / HBM, where n' are the fullest owner's: reads gradient, master and moments,
+                writes the latter two and the weights
+    exchange    u (4 (P-1) n' + 2n)/t / NVLink: gradients in float32 out, parameters in bfloat16 in;
                 + packing and adding, u 36n/t / HBM; + a word for each round
     apart       experience that every rank unpacks, HOST seconds a token; does not shrink with P
 
-    memory      2n/t weights + 4n/t sums of gradients + 12n/P masters and moments (6n/P in int8)
+    memory      2n/t weights + 4n/t sums of gradients + 12n'/t masters and moments (6n'/t in int8)
                 + 4n/t for each sum that waits when there are more lanes than ranks
 """
 
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 from bench.tables import replace_between
 
-from fusedrl.engine.parallel.lanes import costs_of, deal
+from fusedrl.engine.parallel.lanes import BUCKET, costs_of, deal
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- devices:begin -->", "<!-- devices:end -->"
@@ -61,6 +62,13 @@ class Model(NamedTuple):
         h, kv = self.hidden, self.key_values
         layer = h * (h + 2 * kv) + h * h + 3 * h * self.feed_forward
         return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * h
+
+    def fullest(self, ranks: int) -> int:
+        """Numbers of the parameters that one rank owns, at most: parameters stay whole."""
+        h, kv = self.hidden, self.key_values
+        layer = [h * (h + 2 * kv), h * h, 2 * h * self.feed_forward, h * self.feed_forward]
+        sizes = layer * self.layers + [self.vocabulary * h] * (1 if self.tied else 2)
+        return max(sum(sizes[i] for i in hand) for hand in deal(sizes, ranks))
 
     @property
     def kv_bytes(self) -> int:
@@ -117,7 +125,7 @@ def memory(
     """Bytes that a device holds before KV cache and activations. `moments`: bytes a parameter."""
     n, mine = model.parameters, (lanes or devices // t) * t // devices
     waiting = int(math.log2(mine)) if mine > 1 else 0
-    return (2 + 4 + 4 * waiting) * n / t + (4 + moments) * n / devices
+    return (2 + 4 + 4 * waiting) * n / t + (4 + moments) * model.fullest(devices // t) / t
 
 
 def fits(
@@ -182,8 +190,20 @@ class Step(NamedTuple):
 
 
 def exchanged_bytes(parameters: float, ranks: int, gradient: int = 4, weight: int = 2) -> float:
-    """Bytes that a rank sends of gradients and receives of parameters, an optimizer step."""
+    """Bytes that a rank sends of gradients and receives of parameters in an optimizer step, in the
+    mean over ranks."""
     return (ranks - 1) / ranks * (gradient + weight) * parameters
+
+
+def exchange_seconds(model: Model, ranks: int, t: int = 1) -> float:
+    """Time in which gradients reach their owners and parameters come back. The fullest owner
+    receives most; owners send their parameters one after the other."""
+    if ranks == 1:
+        return 0.0
+    n, most = model.parameters / t, model.fullest(ranks) / t
+    gradients = 4 * max((ranks - 1) * most, n * (ranks - 1) / ranks)
+    rounds = 2 + math.ceil(most / BUCKET) + ranks
+    return (gradients + 2 * n) / NVLINK + 36 * n / HBM + rounds * WORD
 
 
 def step(
@@ -201,17 +221,14 @@ def step(
     busy = imbalance(work, lanes, ranks)
     passes = 2 * model.parameters * tokens / devices / FLOPS * busy
     per_layer = 8 * model.layers * model.hidden * tokens / ranks * (t - 1) / t / NVLINK
-    rounds = 2 + math.ceil(n / (ranks * 2**24)) + ranks
     sums = 12 * n * lanes / ranks / HBM if lanes > 1 else 0.0
-    exchange = (
-        exchanged_bytes(n, ranks) / NVLINK + 36 * n / HBM + rounds * WORD if ranks > 1 else 0.0
-    )
+    updated = 30 * model.fullest(ranks) / t / HBM
     return Step(
         rollout_seconds(model, work, devices, t, moments),
         passes + per_layer,
         3 * passes + 2 * per_layer,
-        work.updates * (30 * model.parameters / devices / HBM + sums),
-        work.updates * exchange,
+        work.updates * (updated + sums),
+        work.updates * exchange_seconds(model, ranks, t),
         HOST * sum(work.lengths()) if ranks > 1 else 0.0,
     )
 
@@ -281,10 +298,9 @@ def lanes_table() -> str:
                 found, held = step(model, work, devices, 1, lanes), memory(model, devices, 1, lanes)
                 fit = fits(model, devices, 1, lanes)
                 # every rank updates all parameters, and a ring sums float32 gradients for all
-                more = work.updates * (
-                    30 * n * (1 - 1 / devices) / HBM
-                    + (2 * 4 - 6) * (devices - 1) / devices * n / NVLINK
-                )
+                whole = 30 * n / HBM + 8 * (devices - 1) / devices * n / NVLINK
+                parts = 30 * model.fullest(devices) / HBM
+                more = work.updates * (whole - parts - exchanged_bytes(n, devices) / NVLINK)
                 rows.append(
                     _row(
                         [
@@ -294,7 +310,7 @@ def lanes_table() -> str:
                             f"{imbalance(work, lanes, devices):.3f}",
                             f"{found.whole:.1f}" if fit else "does not fit",
                             f"{held / 1e9:.1f}",
-                            f"{(held + 12 * n * (1 - 1 / devices)) / 1e9:.1f}",
+                            f"{(held + 12 * (n - model.fullest(devices))) / 1e9:.1f}",
                             f"{more:.2f}",
                         ]
                     )
