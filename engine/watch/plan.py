@@ -157,6 +157,8 @@ class Plan:
         peaks: bytes at the peak, keyed as `activations`.
         largest: the largest micro-batch in tokens that fits in `memory`, keyed as `activations`; 0
             if none fits.
+        tensor_parallel: what tensor parallelism would hold, by the devices to a group; it is not
+            built. Activations and workspace are left as they are, which is more than they would be.
     """
 
     model: str
@@ -172,32 +174,12 @@ class Plan:
     activations: dict[bool, int]
     peaks: dict[bool, int]
     largest: dict[bool, int]
+    tensor_parallel: dict[int, Parts]
 
     @property
     def fits(self) -> bool:
         """Whether the run's peak fits in `memory`."""
         return self.parts.peak <= self.memory
-
-    @property
-    def tensor_sizes(self) -> list[int]:
-        """Numbers of devices by which a layer's products could be divided."""
-        return [t for t in (2, 4, 8) if self.devices % t == 0]
-
-    def tensor_parallel(self, t: int) -> Parts:
-        """Return what tensor parallelism in groups of `t` devices would hold; it is not built.
-
-        Weights, reference and gradients are divided by t; masters and moments are divided among all
-        devices as before. A group generates the sequences of its t devices with a cache of 1 / t of
-        a token on each, so the cache stays as it is. Activations and workspace are left as they
-        are, which is more than they would be.
-        """
-        parts = self.parts
-        return replace(
-            parts,
-            weights=parts.weights // t,
-            reference=parts.reference // t,
-            gradients=parts.gradients // t,
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -223,7 +205,7 @@ class Plan:
             "peak_bytes": tables["peaks"],
             "largest_tokens_per_microbatch": tables["largest"],
             "tensor_parallel_fixed_bytes": {
-                str(t): self.tensor_parallel(t).fixed for t in self.tensor_sizes
+                str(t): parts.fixed for t, parts in self.tensor_parallel.items()
             },
         }
 
@@ -731,15 +713,17 @@ def plan(
     device = resolve_device(config.device)
     memory = machine_memory(device) if memory is None else memory
     longest = longest_prompt(config) if isinstance(config, PolicyConfig | RejectionConfig) else None
-    planner = Planner(
+    planner_of = partial(
+        Planner,
         read_model_config(config.model),
         config,
         cache=cache,
         memory=memory,
         longest=longest,
-        devices=devices,
     )
+    planner = planner_of(devices=devices)
     tokens, both = config.tokens_per_microbatch, (False, True)
+    parts = planner.parts(tokens, config.checkpoint_activations)
     return Plan(
         config.model,
         str(planner.dtype).removeprefix("torch."),
@@ -750,10 +734,28 @@ def plan(
         config.checkpoint_activations,
         planner.demand,
         planner.demand_met,
-        planner.parts(tokens, config.checkpoint_activations),
+        parts,
         {c: planner.activation_bytes(tokens, c) for c in both},
         {c: planner.parts(tokens, c).peak for c in both},
         {c: planner.largest(memory, c) for c in both},
+        {
+            t: _by_groups(parts, planner_of(devices=devices // t), t)
+            for t in (2, 4, 8)
+            if devices % t == 0
+        },
+    )
+
+
+def _by_groups(parts: Parts, replicas: Planner, t: int) -> Parts:
+    """Return what a device would hold in a tensor-parallel group of `t`: a part of what it would
+    hold if each group was one device. The cache stays as it is: a group generates the sequences of
+    t devices, with 1 / t of a token's cache on each."""
+    return replace(
+        parts,
+        weights=replicas.weights // t,
+        reference=replicas.reference // t,
+        gradients=replicas.gradients // t,
+        optimizer=replicas.optimizer // t,
     )
 
 
@@ -812,8 +814,7 @@ def _tensor_table(found: Plan) -> Any:
     )
     for name in ("devices to a group", "weights", "gradients", "optimizer", "all that is fixed"):
         table.add_column(name, justify="right")
-    for t in (1, *found.tensor_sizes):
-        parts = found.tensor_parallel(t)
+    for t, parts in {1: found.parts, **found.tensor_parallel}.items():
         counts = (parts.weights, parts.gradients, parts.optimizer, parts.fixed)
         table.add_row(str(t), *map(format_bytes, counts))
     return table
@@ -853,7 +854,7 @@ def print_plan(found: Plan) -> None:
     table.add_row("available", format_bytes(found.memory))
     console = Console(width=100)
     console.print(table)
-    if found.tensor_sizes:
+    if found.tensor_parallel:
         console.print(_tensor_table(found))
     for checkpointed, name in ((False, "without"), (True, "with")):
         most, needed = found.largest[checkpointed], format_bytes(parts.fixed)

@@ -49,7 +49,7 @@ def test_memory_is_what_the_planner_counts(planned):
         assert memory(model, devices) == pytest.approx(held, rel=2e-3)
         rest = parts["kv_pool"] + parts["rotary"]
         for t, fixed in plan["tensor_parallel_fixed_bytes"].items():
-            assert memory(model, devices, int(t)) == pytest.approx(fixed - rest, rel=0.02), t
+            assert memory(model, devices, int(t)) == pytest.approx(fixed - rest, rel=2e-3), t
         assert [int(t) for t in plan["tensor_parallel_fixed_bytes"]] == [
             t for t in (2, 4, 8) if t <= devices
         ]
@@ -67,8 +67,9 @@ def test_what_the_page_says_about_sizes():
     """The sentences under the tables."""
     small, large = WORKS["small"], WORKS["large"]
     tiny, seven, big = MODELS["0.5B"], MODELS["7B"], MODELS["32B"]
-    assert not fits(seven, 2) and fits(seven, 4) and not fits(seven, 4, lanes=8)
-    assert not fits(big, 8) and not fits(big, 8, 8) and fits(big, 8, 8, moments=2)
+    assert [fits(seven, devices) for devices in (2, 4, 8)] == [False, True, True]
+    assert not fits(seven, 4, lanes=8)
+    assert [fits(big, 8), fits(big, 8, 8), fits(big, 8, 8, moments=2)] == [False, False, True]
     assert round(exchanged_bytes(seven.parameters, 8, 4, 0) / 1e9, 1) == 26.7
     assert round(exchanged_bytes(seven.parameters, 8, 0, 2) / 1e9, 1) == 13.3
     assert all(
