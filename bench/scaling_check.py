@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench.scaling_model import exchanged_bytes
 
-STEPS, UPDATES = 5, 2
+STEPS, UPDATES = 4, 2
 PHASES = ("generate_and_reward", "score", "train")
 REWARD = """
 def length(prompts, completions, **columns):

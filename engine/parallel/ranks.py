@@ -85,7 +85,7 @@ class Ranks:
         self.loads: list[float] = []
         self.drawn: Counter[int] = Counter()
         self.waited = self.exchanged = 0.0
-        self.worked: Counter[str] = Counter()
+        self.worked: dict[str, float] = {}
         self.told = self.inside = False
         self._met = 0
 
@@ -324,7 +324,8 @@ class Ranks:
         began, apart = time.perf_counter(), self.waited + self.exchanged
         yield
         apart = self.waited + self.exchanged - apart
-        self.worked[phase] += time.perf_counter() - began - apart
+        seconds = time.perf_counter() - began - apart
+        self.worked[phase] = self.worked.get(phase, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
         """Return metrics of the work divided since the last call; nothing if there is a single
@@ -343,7 +344,7 @@ class Ranks:
         whole = [math.fsum(worked.values()) for worked in times]
         if sum(whole):
             found["parallel/imbalance_time"] = max(whole) * self.size / math.fsum(whole)
-        self.moved, self.drawn, self.worked = Counter(), Counter(), Counter()
+        self.moved, self.drawn, self.worked = Counter(), Counter(), {}
         self.loads, self.waited, self.exchanged = [], 0.0, 0.0
         return found
 
