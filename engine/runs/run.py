@@ -281,11 +281,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         saver.complete(step + 1, self._skipped)
         # a signal may reach a single rank, and only the first rank's clock counts
         told = self.ranks.gather("the end of a step", [self._exit, saver.due()])
-        self._exit = next((code for code, _ in told if code is not None), None)
-        if saver.step == self.total or told[0][1] or self._exit is not None:
+        # a signal that comes after this rank has told is for the end of the next step
+        code = next((code for code, _ in told if code is not None), None)
+        if saver.step == self.total or told[0][1] or code is not None:
             self._save(saver)
-        if self._exit is not None:
-            raise Stopped(self._exit)
+        if code is not None:
+            raise Stopped(code)
 
     def stop(self, code: int) -> None:
         """End the process with this exit code once the step is saved. If a signal came before, its

@@ -1,6 +1,7 @@
 """Whatever goes wrong on one of several processes ends all of them, with one message that says what
 to do. Runs are processes of their own."""
 
+import contextlib
 import json
 import os
 import re
@@ -24,8 +25,9 @@ from tests.support.launched import (
 
 from fusedrl.engine.base.errors import ConfigError, SetupError, as_shortage
 from fusedrl.engine.cli import devices
+from fusedrl.engine.cli.main import main
 from fusedrl.engine.parallel import ranks as ranks_module
-from fusedrl.engine.parallel.ranks import joined, lanes_of
+from fusedrl.engine.parallel.ranks import Ranks, joined, lanes_of
 
 pytestmark = pytest.mark.cpu_only("processes of gloo")
 METRICS = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -75,6 +77,26 @@ def test_what_counts_as_a_shortage_of_memory(error, is_one):
         assert isinstance(told, SetupError)
         assert str(told).startswith("out of memory in score (")
         assert "\n" not in str(told)
+
+
+def test_a_signal_while_the_ranks_tell_one_another_is_not_lost(furnished, monkeypatch):
+    """It comes when this rank has told already that it has had none: the next step is the last."""
+    original, told = Ranks.gather, []
+
+    def gather(self, what, value):
+        found = original(self, what, value)
+        if what == "the end of a step":
+            told.append(value)
+            if len(told) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    words = command(furnished, "length", 5, "told", 1)
+    with contextlib.chdir(furnished):
+        assert main(words[words.index("train") :]) == 128 + signal.SIGTERM
+    assert [code for code, _ in told] == [None, 128 + signal.SIGTERM]
+    assert steps_of(furnished, "told")[-1] == 2
 
 
 # ---- processes, their parent and their cores -----------------------------------------------------
