@@ -48,6 +48,34 @@ class Elsewhere(Exception):
     """Mark of an error that happened on another rank (process), which has reported it."""
 
 
+# torch on a GPU and libraries that exchange tensors; torch on a CPU
+_SHORT = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an allocation failed: Python's, torch's on a CPU or a GPU, or that of a library which
+    exchanges tensors."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, SetupError)
+        and any(said in words for said in _SHORT)
+    )
+
+
+def as_shortage(error: BaseException, where: str = "") -> BaseException:
+    """Return the error itself, or, if memory ran out, a SetupError that says so in one line, with
+    a remedy. `where` is the part of the run: "in train", say."""
+    if not ran_out(error):
+        return error
+    lines = str(error).splitlines() or [type(error).__name__]
+    return SetupError(
+        f"out of memory{f' {where}' if where else ''} ({lines[0].strip()[:300]}); lower "
+        "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl plan "
+        "says what would fit"
+    )
+
+
 def no_such(path: str | Path) -> str:
     """Return a message that says that a path does not exist, which part of it is missing first, and
     which existing name is similar."""

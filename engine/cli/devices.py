@@ -32,11 +32,12 @@ _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Place(NamedTuple):
-    """Place of a process among the processes of a run: its rank, their number, and the file through
-    which they find one another."""
+    """Place of a process among the processes of a run: its rank, their number, the process that
+    started it, and the file through which they find one another."""
 
     rank: int
     size: int
+    parent: int
     store: str
 
 
@@ -60,11 +61,10 @@ def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"expected --devices to be a whole number >= 1, got {count!r}")
     if "--place" in found:
-        rank, _, rest_of = found["--place"].partition(",")
-        size, _, store = rest_of.partition(",")
-        if not (rank.isdecimal() and size.isdecimal() and store):
+        rank, size, parent, store = (*found["--place"].split(",", 3), "", "", "")[:4]
+        if not (rank.isdecimal() and size.isdecimal() and parent.isdecimal() and store):
             raise ConfigError("train: --place is for processes that --devices starts; leave it out")
-        place = Place(int(rank), int(size), store)
+        place = Place(int(rank), int(size), int(parent), store)
     return rest, int(count), place
 
 
@@ -89,17 +89,24 @@ def _resumes(word: str) -> bool:
     return word.partition("=")[0] == "--run.resume"
 
 
-def launch(argv: Sequence[str], count: int, signals: Sequence[str] = ()) -> int:
+def launch(
+    argv: Sequence[str], count: int, device: str | None = None, signals: Sequence[str] = ()
+) -> int:
     """Run `fusedrl train argv` in `count` processes, and forward signals to all of them, those
-    named too. Return the exit code of the first process that failed, or 0."""
-    _check_cards(count)
+    named too. Return the exit code of the first process that failed, or 0.
+
+    Raises:
+        ConfigError: `device` names one card, which all processes would share.
+        SetupError: there are fewer GPUs than processes.
+    """
+    _check_cards(count, device)
     with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
         store = str(Path(directory) / "store")
         children = [
             subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "fusedrl.engine.cli", "train", *argv),
-                    *("--place", f"{rank},{count},{store}"),
+                    *("--place", f"{rank},{count},{os.getpid()},{store}"),
                 ],
                 env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
                 process_group=0,  # a terminal's Ctrl-C comes through here, once
@@ -110,10 +117,15 @@ def launch(argv: Sequence[str], count: int, signals: Sequence[str] = ()) -> int:
             return _ended(children)
 
 
-def _check_cards(count: int) -> None:
+def _check_cards(count: int, device: str | None) -> None:
     import torch
 
-    there = torch.cuda.device_count()
+    if device is not None and torch.device(device).index is not None:
+        raise ConfigError(
+            f"train: expected --device {torch.device(device).type} with --devices {count}, got "
+            f"{device}, which is one device; each process takes the next"
+        )
+    there = 0 if device == "cpu" else torch.cuda.device_count()
     if there and count > there:
         raise SetupError(
             f"train: expected --devices {count} to be at most the {there} GPUs that torch sees; "
@@ -173,27 +185,57 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
     return code
 
 
-def _end_with_parent() -> None:
-    """Ask the system to send this process SIGTERM when its parent process ends (Linux only)."""
+def _end_with_parent(parent: int) -> None:
+    """Ask the system to send this process SIGTERM when its parent process ends (Linux only). Raise
+    SetupError if it has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        raise SetupError("train: the process that started this one for --devices is gone")
+
+
+def _cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _take_card(rank: int, there: int) -> None:
+    """Compute on the GPU with this process's number on its machine; on the only one that it sees,
+    if whatever started it shows each process another."""
+    import torch
+
+    if rank >= there > 1:
+        raise SetupError(
+            f"train: expected a GPU for each process, and process {rank} (from 0) of this machine "
+            f"sees {there}; start as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(rank if there > 1 else 0)
 
 
 @contextlib.contextmanager
-def joined_by(place: Place | None) -> Iterator[None]:
+def joined_by(place: Place | None, device: str | None = None) -> Iterator[None]:
     """Join the process group of a run started by --devices or by torchrun, for the duration of the
-    block. Do nothing if there is only this process, or if it has joined a group already."""
+    block. Do nothing if there is only this process, or if it has joined a group already.
+
+    Args:
+        device: the device of the configuration. Unless it is "cpu", each process takes a GPU of
+            its own, if there are any.
+    Raises:
+        SetupError: the process has no GPU of its own, or the one that started it is gone.
+    """
     import torch
     import torch.distributed as dist
 
     if not dist.is_available() or dist.is_initialized():
         yield
         return
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if place is not None:
-        _end_with_parent()
-        fair = max(1, (os.cpu_count() or 1) // place.size)
+        _end_with_parent(place.parent)
+        fair = max(1, _cores() // place.size)
         torch.set_num_threads(min(torch.get_num_threads(), fair))
         if cuda:
             torch.cuda.set_device(place.rank)
@@ -203,7 +245,7 @@ def joined_by(place: Place | None) -> Iterator[None]:
         )
     elif dist.is_torchelastic_launched():
         if cuda:
-            torch.cuda.set_device(dist.get_node_local_rank())
+            _take_card(dist.get_node_local_rank(), torch.cuda.device_count())
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         yield

@@ -281,7 +281,8 @@ def _train(argv: list[str]) -> None:
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
     if devices > 1 and place is None:
-        if code := launch([*argv, f"--devices={devices}"], devices, config.run.signal_names):
+        words = [*argv, f"--devices={devices}"]
+        if code := launch(words, devices, config.device, config.run.signal_names):
             raise Stopped(code)
         return
     train = getattr(importlib.import_module(module), function)
@@ -290,7 +291,7 @@ def _train(argv: list[str]) -> None:
     again = [*argv, "--devices", str(devices)] if devices > 1 else argv
     told = RESUME_COMMAND.set(resume_command(again))
     try:
-        with joined_by(place):
+        with joined_by(place, config.device):
             train(config)
     finally:
         RESUME_COMMAND.reset(told)

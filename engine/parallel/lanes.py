@@ -11,7 +11,7 @@ same lanes the sum has the same bits on 1, 2, 4 and 8 ranks.
                   \\_______/       \\_______/        between them
                       \\_______________/
 
-Memory    log2(lanes / ranks) + 1 gradients in float32, and one more while it goes to its owners.
+Memory    log2(lanes / ranks) + 1 gradients in float32, and two messages for each rank.
 Bytes     (P - 1) / P of the gradients leave a rank, and as much of the new parameters comes in
           (Rajbhandari et al., 2020, ZeRO, stage 1).
 """
@@ -19,14 +19,18 @@ Bytes     (P - 1) / P of the gradients leave a rank, and as much of the new para
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fusedrl.engine.parallel.ranks import Ranks
 
-_BUCKET = 1 << 24  # numbers that are sent to one owner at a time
+BUCKET = 1 << 24  # numbers that are sent to one owner at a time
 Gradients = dict[str, Tensor]
+Piece = tuple[str, int, int]  # part of a parameter: its name, first number and last, exclusive
+K = TypeVar("K")
 
 
 def costs_of(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> list[int]:
@@ -67,7 +71,7 @@ def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     return {names[item]: rank for rank, items in enumerate(dealt) for item in items}
 
 
-def added(left: Gradients, right: Gradients) -> Gradients:
+def added(left: dict[K, Tensor], right: dict[K, Tensor]) -> dict[K, Tensor]:
     """Return left + right, name by name, in left's memory. A name that only one of them has is
     taken over unchanged."""
     for name, gradient in right.items():
@@ -113,50 +117,58 @@ class Tree:
         there = self._ranks.gather("gradients", [name in total for name in names])
         live = {name: [row[i] for row in there] for i, name in enumerate(names)}
         live = {name: on for name, on in live.items() if any(on)}
+        total = {name: gradient.contiguous() for name, gradient in total.items()}
         found: Gradients = {}
-        with self._ranks.meeting("sums of gradients"):
-            for bucket in self._buckets(list(live)):
-                found |= self._exchanged(bucket, total, live)
+        for bucket in self._buckets(list(live)):
+            for (name, start, stop), summed in self._exchanged(bucket, total, live).items():
+                if name not in found:
+                    # what was sent from here is free to be overwritten
+                    own, shape = total.get(name), self._like[name].shape
+                    found[name] = self._like[name].new_empty(shape) if own is None else own
+                found[name].view(-1)[start:stop] = summed
         return found, list(live)
 
-    def _buckets(self, names: Sequence[str]) -> list[list[list[str]]]:
-        """Return [round][owner] -> names of one dtype, so many that a message has about `_BUCKET`
-        numbers."""
-        rounds: list[list[list[str]]] = []
+    def _buckets(self, names: Sequence[str]) -> list[list[list[Piece]]]:
+        """Return [round][owner] -> pieces of parameters of one dtype, at most `BUCKET` numbers for
+        each owner."""
+        rounds: list[list[list[Piece]]] = []
         for dtype in dict.fromkeys(self._like[name].dtype for name in names):
             queues = [
-                [n for n in names if self._owners[n] == o and self._like[n].dtype == dtype]
+                messages(
+                    [n for n in names if self._owners[n] == o and self._like[n].dtype == dtype],
+                    self._like,
+                )
                 for o in range(self._ranks.size)
             ]
-            while any(queues):
-                rounds.append([_taken(queue, self._like) for queue in queues])
+            rounds += [list(one) for one in zip_longest(*queues, fillvalue=[])]
         return rounds
 
     def _exchanged(
-        self, bucket: list[list[str]], mine: Gradients, live: Mapping[str, Sequence[bool]]
-    ) -> Gradients:
-        """Return the sums of the bucket's parameters that this rank owns. Its gradients of the
-        bucket's other parameters are freed."""
-        like = next(self._like[name] for names in bucket for name in names)
-        parts = [
-            torch.cat([like.new_empty(0), *(self._flat(name, mine) for name in names)])
-            for names in bucket
-        ]
-        arrived = self._ranks.to_owners("gradients", parts)
+        self, bucket: list[list[Piece]], mine: Gradients, live: Mapping[str, Sequence[bool]]
+    ) -> dict[Piece, Tensor]:
+        """Return the sums of the bucket's pieces that this rank owns. Its gradients of the
+        bucket's other parameters are freed once their last piece is sent."""
+        like = next(self._like[name] for name, _, _ in chain(*bucket))
+        sizes = [sum(stop - start for _, start, stop in pieces) for pieces in bucket]
+        flat = torch.cat([like.new_empty(0), *(self._cut(piece, mine) for piece in chain(*bucket))])
+        arrived = self._ranks.to_owners("gradients", flat, sizes)
         owned = bucket[self._ranks.rank]
-        sizes = [self._like[name].numel() for name in owned]
-        sums: list[Gradients] = (
-            [
-                {
-                    name: part.view(self._like[name].shape)
-                    for name, part in zip(owned, flat.split(sizes), strict=True)
-                    if live[name][rank]
-                }
-                for rank, flat in enumerate(arrived)
-            ]
+        for name, _, stop in (
+            piece for pieces in bucket if pieces is not owned for piece in pieces
+        ):
+            if stop == self._like[name].numel():
+                mine.pop(name, None)
+        sums = [
+            {
+                piece: part
+                for piece, part in zip(
+                    owned, theirs.split([stop - start for _, start, stop in owned]), strict=True
+                )
+                if live[piece[0]][rank]
+            }
+            for rank, theirs in enumerate(arrived)
             if owned
-            else []
-        )
+        ]
         while len(sums) > 1:  # neighbours first: the lanes' tree, continued
             sums = [
                 added(sums[i], sums[i + 1]) if i + 1 < len(sums) else sums[i]
@@ -164,19 +176,38 @@ class Tree:
             ]
         return sums[0] if sums else {}
 
-    def _flat(self, name: str, mine: Gradients) -> Tensor:
-        gradient = mine.pop(name, None)
-        return (torch.zeros_like(self._like[name]) if gradient is None else gradient).reshape(-1)
+    def _cut(self, piece: Piece, mine: Gradients) -> Tensor:
+        name, start, stop = piece
+        if name in mine:
+            return mine[name].view(-1)[start:stop]
+        return torch.zeros(
+            stop - start, dtype=self._like[name].dtype, device=self._like[name].device
+        )
 
 
-def _taken(queue: list[str], like: Mapping[str, Tensor]) -> list[str]:
-    """Take names off the queue until a message is full, at least one."""
-    names: list[str] = []
-    room = _BUCKET
-    while queue and (not names or like[queue[0]].numel() <= room):
-        room -= like[queue[0]].numel()
-        names.append(queue.pop(0))
-    return names
+def messages(names: Iterable[str], like: Mapping[str, Tensor]) -> list[list[Piece]]:
+    """Cut parameters into messages of `BUCKET` numbers, the last one shorter. A parameter that does
+    not fit goes on in the next message, so buffers do not depend on the largest."""
+    found: list[list[Piece]] = []
+    room = 0
+    for name in names:
+        start, numel = 0, like[name].numel()
+        while start < numel or numel == 0:
+            if not room:
+                found.append([])
+                room = BUCKET
+            stop = min(numel, start + room)
+            found[-1].append((name, start, stop))
+            start, room = stop, room - (stop - start)
+            if not numel:
+                break
+    return found
+
+
+def buffer_bytes(numbers: int, ranks: int, itemsize: int = 4) -> int:
+    """Return the bytes that an exchange of so many numbers needs beside them, at most: one message
+    for each owner, out and in."""
+    return 0 if ranks == 1 else 2 * min(numbers, ranks * BUCKET) * itemsize
 
 
 def send_parameters(
@@ -185,22 +216,29 @@ def send_parameters(
     """Fill the parameters with these names, in place, with their owners' values."""
     if ranks.size == 1:
         return
-    with ranks.meeting("parameters"):
-        for owner in range(ranks.size):
-            _send_from(ranks, owner, [n for n in names if owners[n] == owner], parameters)
+    for owner in range(ranks.size):
+        _send_from(ranks, owner, [n for n in names if owners[n] == owner], parameters)
 
 
 def _send_from(
     ranks: Ranks, owner: int, names: Sequence[str], parameters: Mapping[str, Tensor]
 ) -> None:
-    """Fill the parameters that one rank owns."""
+    """Fill the parameters that one rank owns. All memory is allocated before the ranks meet."""
     for dtype in dict.fromkeys(parameters[name].dtype for name in names):
-        queue = [name for name in names if parameters[name].dtype == dtype]
-        while queue:
-            taken = _taken(queue, parameters)
-            flat = torch.cat([parameters[name].detach().reshape(-1) for name in taken])
-            ranks.from_owner("parameters", owner, flat)
-            if owner != ranks.rank:
-                sizes = [parameters[name].numel() for name in taken]
-                for name, part in zip(taken, flat.split(sizes), strict=True):
-                    parameters[name].copy_(part.view(parameters[name].shape))
+        of_dtype = [name for name in names if parameters[name].dtype == dtype]
+        sent = messages(of_dtype, parameters)
+        views = {name: parameters[name].detach().view(-1) for name in of_dtype}
+        counts = [sum(stop - start for _, start, stop in pieces) for pieces in sent]
+        room = views[of_dtype[0]].new_empty(max(counts))
+        with ranks.meeting("parameters"):
+            for pieces, count in zip(sent, counts, strict=True):
+                flat = room[:count]
+                parts = flat.split([stop - start for _, start, stop in pieces])
+                cuts = [views[name][start:stop] for name, start, stop in pieces]
+                if owner == ranks.rank:
+                    for part, cut in zip(parts, cuts, strict=True):
+                        part.copy_(cut)
+                ranks.from_owner("parameters", owner, flat)
+                if owner != ranks.rank:
+                    for part, cut in zip(parts, cuts, strict=True):
+                        cut.copy_(part)

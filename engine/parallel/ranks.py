@@ -18,13 +18,15 @@ Nothing here pickles: a message is JSON, or tensors.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
@@ -32,11 +34,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedrl.engine.base import errors
-from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped
+from fusedrl.engine.base.errors import (
+    SAID,
+    ConfigError,
+    Elsewhere,
+    SetupError,
+    Stopped,
+    as_shortage,
+    ran_out,
+)
 
 T = TypeVar("T")
 LANES = 8  # default if sums must not depend on the number of ranks
 _INTERRUPTED = 130  # exit code of a run that Ctrl-C ended
+_WORD = "fusedrl/failed"  # where a rank that fails within an exchange leaves its message
 _LONGEST = 4000  # characters of an error message that are sent to the other ranks
 # errors that are raised under their own names on the ranks that did not fail themselves
 _KNOWN = {
@@ -46,15 +57,24 @@ _KNOWN = {
 } | {kind.__name__: kind for kind in (RuntimeError, ValueError, FileNotFoundError, OSError)}
 
 
+class _Lost(SetupError):
+    """Another rank is gone, or does not come."""
+
+
 class Ranks:
     """All processes of a run, seen from one of them.
 
     Attributes:
         rank, size: number of this process, from 0, and number of processes.
         lanes: number of lanes of sums over all ranks (lanes.py).
-        moved: bytes that this rank sent of gradients and received of parameters.
-        loads: for each division of work, the load of the busiest rank divided by the mean load.
-        waited: seconds in which ranks exchanged something or waited for one another.
+        moved: bytes that this rank sent of gradients, and received of parameters and of everything
+            else ("experience"), as if an all-reduce went round a ring.
+        loads: for each division of an update's work, the load of the busiest rank divided by the
+            mean load.
+        drawn: tokens that each rank generated, by its number.
+        waited: seconds in which this rank waited until all had come to a meeting.
+        exchanged: seconds in which it exchanged tensors.
+        worked: seconds of each phase of a step without those two.
         inside: whether the ranks exchange tensors now.
         told: whether all ranks know of a failure, so that none waits for another any more.
     """
@@ -63,7 +83,9 @@ class Ranks:
         self.rank, self.size, self.lanes = rank, size, size if lanes is None else lanes
         self.moved: Counter[str] = Counter()
         self.loads: list[float] = []
-        self.waited = 0.0
+        self.drawn: Counter[int] = Counter()
+        self.waited = self.exchanged = 0.0
+        self.worked: dict[str, float] = {}
         self.told = self.inside = False
         self._met = 0
 
@@ -87,7 +109,8 @@ class Ranks:
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
         """Meet, and exchange tensors within the block. A rank that fails inside it cannot meet the
-        others any more, since they wait for the tensors. Errors are those of `meet`."""
+        others any more, since they wait for the tensors. So the block should do nothing else: what
+        needs memory comes before it. Errors are those of `meet`."""
         if self.size > 1:
             self._meet(what, "")
         self.inside = True
@@ -125,6 +148,7 @@ class Ranks:
         )
         everyone = [torch.zeros_like(mine) for _ in range(self.size)]
         self._call(what, lambda: dist.all_gather(everyone, mine))
+        self.moved["experience"] += (self.size - 1) * longest
         return [
             bytes(row[:length].tolist()).decode()
             for row, length in zip(everyone, lengths, strict=True)
@@ -132,22 +156,28 @@ class Ranks:
 
     def _theirs(self, said: Sequence[str]) -> BaseException:
         rank = next(rank for rank, text in enumerate(said) if text)
-        name, _, message = said[rank].partition(": ")
+        return self._error_of(rank, said[rank])
+
+    def _error_of(self, rank: int, text: str) -> BaseException:
+        """Return the error that another rank reported."""
+        name, _, message = text.partition(": ")
         if name in ("Stopped", "KeyboardInterrupt", "SystemExit"):
             return Stopped(int(message) if message.isdecimal() else _INTERRUPTED)
         kind = _KNOWN.get(name, RuntimeError)
-        shown = message if name in _KNOWN else said[rank]
+        shown = message if name in _KNOWN else text
         marked = type(kind.__name__, (kind, Elsewhere), {})
         return marked(f"rank {rank} of {self.size}: {shown}")
 
     def fail(self, error: BaseException) -> bool:
         """Report to the other ranks, in their next meeting, that this rank failed; only the first
-        call does so. Return whether they know."""
+        call does so. Return whether they know and can still meet."""
         if self.size == 1 or self.told:
             return True
-        if self.inside:
-            return False
         text = f"{type(error).__name__}: {error}"[:_LONGEST]
+        if self.inside:
+            if not isinstance(error, _Lost | Elsewhere):
+                self._leave_word(text)
+            return False
         try:
             said = self._meet("an error", text)
         except Exception:  # some rank is gone, so no meeting is possible any more
@@ -156,15 +186,37 @@ class Ranks:
             error.add_note(SAID)
         return self.told
 
+    def _leave_word(self, text: str) -> None:
+        """Write a failure where the others look when the exchange of tensors breaks off."""
+        with suppress(Exception):  # without a store, they say where they waited
+            _store().set(_WORD, json.dumps([self.rank, text]))
+
+    def _word(self) -> BaseException | None:
+        """Return the failure that another rank has left, if there is one."""
+        with suppress(Exception):
+            store = _store()
+            if store.check([_WORD]):
+                rank, text = json.loads(store.get(_WORD))
+                return None if rank == self.rank else self._error_of(rank, text)
+        return None
+
     def _call(self, what: str, collective: Callable[[], Any]) -> None:
         began = time.perf_counter()
         try:
             collective()
-            self.waited += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            if self.inside:
+                self.exchanged += seconds
+            else:
+                self.waited += seconds
         except RuntimeError as error:  # every failure of a backend is one
+            if ran_out(error):
+                raise
+            if (theirs := self._word()) is not None:
+                raise theirs from error
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            raise SetupError(
+            raise _Lost(
                 f"parallel: rank {self.rank} of {self.size} waited at {what!r} (meeting "
                 f"{self._met}) and another rank "
                 + ("did not come in time" if late else "is gone")
@@ -204,18 +256,31 @@ class Ranks:
                         f"{self.rank}; start every rank with the same command, files and packages"
                     )
 
+    def own(self, what: str, mine: str | None) -> None:
+        """Raise SetupError if another rank has the same value; None is no value."""
+        for rank, theirs in enumerate(self.gather(what, mine)):
+            if rank != self.rank and mine is not None and theirs == mine:
+                one, other = sorted((rank, self.rank))
+                raise SetupError(
+                    f"parallel: expected each rank to have a {what} of its own, and ranks {one} "
+                    f"and {other} have the same ({mine}); start at most as many as there are, each "
+                    "with another in CUDA_VISIBLE_DEVICES or with all of them, or set --device cpu"
+                )
+
     # ---- tensors ---------------------------------------------------------------------------------
     def sum(self, what: str, *columns: Tensor) -> None:
         """Fill in, in place, what other ranks computed. Each element is 0 on all ranks but one, so
         the sum is exact."""
         if self.size == 1:
             return
+        wires = [column.contiguous() for column in columns]
         with self.meeting(what):
-            for column in columns:
-                wire = column if column.is_contiguous() else column.contiguous()
+            for wire in wires:
                 self._call(what, partial(dist.all_reduce, wire))
-                if wire is not column:
-                    column.copy_(wire)
+                self.moved["experience"] += 2 * (self.size - 1) * wire.nbytes // self.size
+        for column, wire in zip(columns, wires, strict=True):
+            if wire is not column:
+                column.copy_(wire)
 
     def rows(self, what: str, mine: Tensor) -> list[Tensor]:
         """Return every rank's tensor, in the order of the ranks. The shapes may differ in the first
@@ -229,46 +294,82 @@ class Ranks:
         everyone = [torch.zeros_like(padded) for _ in range(self.size)]
         with self.meeting(what):
             self._call(what, lambda: dist.all_gather(everyone, padded))
+        self.moved["experience"] += (self.size - 1) * padded.nbytes
         return [row[:size] for row, size in zip(everyone, sizes, strict=True)]
 
-    def to_owners(self, what: str, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send the r-th part, flat, to rank r. Return the parts that every rank sent here, in the
-        order of the ranks."""
+    def to_owners(self, what: str, flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Send the first `sizes[0]` numbers to rank 0, the next `sizes[1]` to rank 1, and so on.
+        Return what every rank sent here, in the order of the ranks. Errors are those of `meet`."""
         if self.size == 1:
-            return [parts[0]]
-        out, sizes = parts[0].new_empty(self.size * len(parts[self.rank])), [len(p) for p in parts]
-        flat, arriving = torch.cat(list(parts)), [len(parts[self.rank])] * self.size
-        self._call(what, lambda: dist.all_to_all_single(out, flat, arriving, sizes))
-        self.moved[what] += sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank)
-        return list(out.split(len(parts[self.rank])))
+            return [flat]
+        mine = sizes[self.rank]
+        out, arriving = flat.new_empty(self.size * mine), [mine] * self.size
+        with self.meeting(what):
+            self._call(what, lambda: dist.all_to_all_single(out, flat, arriving, list(sizes)))
+        self.moved[what] += (len(flat) - mine) * flat.itemsize
+        return list(out.view(self.size, mine))
 
     def from_owner(self, what: str, owner: int, flat: Tensor) -> None:
-        """Fill `flat`, in place, with the owner's values."""
+        """Fill `flat`, in place, with the owner's values. Call it inside a meeting."""
         if self.size == 1:
             return
         self._call(what, lambda: dist.broadcast(flat, owner))
         self.moved[what] += flat.nbytes if owner != self.rank else 0
 
     # ---- what it came to -------------------------------------------------------------------------
+    @contextmanager
+    def working(self, phase: str) -> Iterator[None]:
+        """Count the seconds of the block, without those in which this rank waited or exchanged
+        tensors, as work of a phase."""
+        began, apart = time.perf_counter(), self.waited + self.exchanged
+        yield
+        apart = self.waited + self.exchanged - apart
+        seconds = time.perf_counter() - began - apart
+        self.worked[phase] = self.worked.get(phase, 0.0) + seconds
+
     def metrics(self) -> dict[str, float]:
         """Return metrics of the work divided since the last call; nothing if there is a single
-        rank."""
+        rank. Errors are those of `meet`."""
         if self.size == 1:
             return {}
         found = {f"parallel/{name}_bytes": float(count) for name, count in self.moved.items()}
+        found["timing/waiting"], found["timing/exchange"] = self.waited, self.exchanged
         if self.loads:
             found["parallel/imbalance"] = max(self.loads)
-        found["timing/waiting"] = self.waited
-        self.moved, self.loads, self.waited = Counter(), [], 0.0
+        if drawn := sum(self.drawn.values()):
+            found["parallel/imbalance_tokens"] = max(self.drawn.values()) * self.size / drawn
+        times = self.gather("times", self.worked)
+        for rank, worked in enumerate(times):
+            found |= {f"parallel/rank{rank}/{phase}": s for phase, s in worked.items()}
+        whole = [math.fsum(worked.values()) for worked in times]
+        if sum(whole):
+            found["parallel/imbalance_time"] = max(whole) * self.size / math.fsum(whole)
+        self.moved, self.drawn, self.worked = Counter(), Counter(), {}
+        self.loads, self.waited, self.exchanged = [], 0.0, 0.0
         return found
 
 
 ALONE = Ranks()
 
 
+def _store() -> Any:
+    """Return the store through which the processes found one another."""
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("torch.distributed is not initialised")
+    return group.get_group_store()
+
+
 def versions() -> dict[str, str]:
-    """Return the versions that must be the same on all ranks."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
+    """Return the versions that must be the same on all ranks: Python's, and those of the packages
+    that decide what is computed; "absent" for one that is not installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("fusedrl", "transformers", "tokenizers", "safetensors", "triton", "torchao"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
 
 
 def world() -> Ranks:
@@ -276,6 +377,15 @@ def world() -> Ranks:
     initialised."""
     there = dist.is_available() and dist.is_initialized()
     return Ranks(dist.get_rank(), dist.get_world_size()) if there else Ranks()
+
+
+def card(device: str | None = None) -> str | None:
+    """Return the identity of the GPU on which this process computes; None if it is on a CPU.
+    `device` is the device of the configuration."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    index = None if device is None else torch.device(device).index
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
@@ -292,24 +402,39 @@ def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
     if lanes is None:
         lanes = LANES if strict and size > 1 else size
     if lanes % size:
-        how = "leave parallel.lanes out" if given else "name lanes that they divide"
+        ways = [f"start as many ranks as divide {lanes}"]
+        if size & (size - 1) == 0:  # a power of two, as lanes are
+            ways.append(f"set --parallel.lanes {size} or more")
+        if given and not strict:
+            ways.append("leave parallel.lanes out")
         raise ConfigError(
             f"config: expected parallel.lanes to be a multiple of the {size} ranks, got {lanes}"
-            f"{'' if given else ' (what strict sets)'}; start as many ranks as divide {lanes}, or "
-            f"{how}"
+            f"{'' if given else ' (what strict sets)'}; {', or '.join(ways)}"
         )
     return lanes
 
 
 @contextmanager
-def joined(lanes: int | None = None, strict: bool = False) -> Iterator[Ranks]:
+def joined(
+    lanes: int | None = None, strict: bool = False, device: str | None = None
+) -> Iterator[Ranks]:
     """Provide the ranks of a run within the block. An error on one rank ends all ranks, with its
-    message. Arguments and errors are those of `lanes_of`."""
+    message. Arguments and errors are those of `lanes_of`, and:
+
+    Args:
+        device: the device of the configuration.
+    Raises:
+        SetupError: two ranks compute on the same GPU, or memory ran out.
+    """
     ranks = world()
     try:
         ranks.lanes = lanes_of(lanes, strict, ranks.size)
+        ranks.own("GPU", card(device) if ranks.size > 1 else None)
         yield ranks
     except BaseException as error:
-        if isinstance(error, Exception | Stopped | KeyboardInterrupt):
-            ranks.fail(error)
+        told = as_shortage(error)
+        if isinstance(told, Exception | Stopped | KeyboardInterrupt):
+            ranks.fail(told)
+        if told is not error:
+            raise told from error
         raise

@@ -325,7 +325,7 @@ def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
 
 def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
     """Read the files of a verified checkpoint. Groups that the ranks wrote in parts are put
-    together."""
+    together. The files are mapped into memory: a tensor that nobody touches stays on the disk."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in sorted(name for name in files if name.endswith(".safetensors")):
         group = re.sub(r"(\.\d{5}-of-\d{5})?\.safetensors$", "", name)

@@ -27,7 +27,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from fusedrl.engine.base.errors import ConfigError, Stopped
+from fusedrl.engine.base.errors import ConfigError, Stopped, as_shortage
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.parallel.ranks import ALONE, Ranks, versions
@@ -70,6 +70,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._title = config.title
         self._skipped_before = 0  # updates that this run skipped in earlier processes
         self._parts: Parts | None = None
+        self._phase = ""  # the part of the step that runs, for messages
         self._signals = 0
         self._exit: int | None = None
         self._progress: Progress | None = None
@@ -125,12 +126,16 @@ class Run(contextlib.AbstractContextManager["Run"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        where = f"in {self._phase}" if self._phase else ""
+        told = None if error is None else as_shortage(error, where)
         try:
-            together = error is None or self.ranks.fail(error)
-            if error is not None and self._saver is not None:
-                self._leave(self._saver, error, together)
+            together = told is None or self.ranks.fail(told)
+            if told is not None and self._saver is not None:
+                self._leave(self._saver, told, together)
         finally:
             self._stack.__exit__(kind, error, trace)
+        if told is not None and told is not error:
+            raise told from error
         if isinstance(error, SystemExit) and not isinstance(error, Stopped):
             raise RuntimeError(
                 f"{self._title}: something that the run called ended the process with "
@@ -276,11 +281,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         saver.complete(step + 1, self._skipped)
         # a signal may reach a single rank, and only the first rank's clock counts
         told = self.ranks.gather("the end of a step", [self._exit, saver.due()])
-        self._exit = next((code for code, _ in told if code is not None), None)
-        if saver.step == self.total or told[0][1] or self._exit is not None:
+        # a signal that comes after this rank has told is for the end of the next step
+        code = next((code for code, _ in told if code is not None), None)
+        if saver.step == self.total or told[0][1] or code is not None:
             self._save(saver)
-        if self._exit is not None:
-            raise Stopped(self._exit)
+        if code is not None:
+            raise Stopped(code)
 
     def stop(self, code: int) -> None:
         """End the process with this exit code once the step is saved. If a signal came before, its
@@ -304,9 +310,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
         return self.directory / name if self.ranks.first else None
 
     # ---- what is reported ------------------------------------------------------------------------
-    def time(self, name: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
         """Time a part of the step as `timing/<name>`."""
-        return self.metrics.time(name)
+        self._phase = name
+        with self.metrics.time(name), self.ranks.working(name):
+            yield
+        self._phase = ""
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:

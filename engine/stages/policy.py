@@ -93,7 +93,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         RuntimeError: five updates in a row had a non-finite gradient, or the log-probabilities of
             sampler and trainer differ by more than `max_logp_diff`.
     """
-    with joined(config.parallel.lanes, config.strict) as ranks:
+    with joined(config.parallel.lanes, config.strict, config.device) as ranks:
         return _train(config, ranks)
 
 

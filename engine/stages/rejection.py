@@ -56,7 +56,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
             be used, or a file cannot be read or written; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
-    with joined(config.parallel.lanes) as ranks:
+    with joined(config.parallel.lanes, device=config.device) as ranks:
         return _train(config, ranks)
 
 

@@ -84,7 +84,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
             cannot be read or written; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
-    with joined(config.parallel.lanes) as ranks:
+    with joined(config.parallel.lanes, device=config.device) as ranks:
         return _train(config, ranks)
 
 

@@ -61,7 +61,7 @@ from fusedrl.engine.model.weights import (
 )
 from fusedrl.engine.model.wide import TILE, narrow_products
 from fusedrl.engine.optim.adamw import BLOCK, quantized
-from fusedrl.engine.parallel.lanes import deal
+from fusedrl.engine.parallel.lanes import buffer_bytes, deal
 from fusedrl.engine.parallel.ranks import lanes_of
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.policy.objectives import make_objective, two_steps
@@ -157,6 +157,8 @@ class Plan:
         peaks: bytes at the peak, keyed as `activations`.
         largest: the largest micro-batch in tokens that fits in `memory`, keyed as `activations`; 0
             if none fits.
+        tensor_parallel: what tensor parallelism would hold, by the devices to a group; it is not
+            built. Activations and workspace are left as they are, which is more than they would be.
     """
 
     model: str
@@ -172,6 +174,7 @@ class Plan:
     activations: dict[bool, int]
     peaks: dict[bool, int]
     largest: dict[bool, int]
+    tensor_parallel: dict[int, Parts]
 
     @property
     def fits(self) -> bool:
@@ -201,6 +204,9 @@ class Plan:
             "activation_bytes": tables["activations"],
             "peak_bytes": tables["peaks"],
             "largest_tokens_per_microbatch": tables["largest"],
+            "tensor_parallel_fixed_bytes": {
+                str(t): parts.fixed for t, parts in self.tensor_parallel.items()
+            },
         }
 
 
@@ -349,6 +355,8 @@ class Planner:
         # gradients of 2 bytes are summed in float32; sums of lanes are kept until all are there
         waiting = self._lanes // self._devices
         self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached) * waiting.bit_length()
+        # messages that gradients are exchanged in, after the backward passes
+        self._exchange = buffer_bytes(sum(n for n, _ in trained), self._devices)
         self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
         # moments, and masters; the most that one device owns
         states = [self._moments(n) + (4 * n if e < 4 else 0) for n, e in trained]
@@ -638,7 +646,7 @@ class Planner:
         if isinstance(self.config, PolicyConfig) and self.config.strict:
             # the recomputed forward's gradients are complete before they are added
             embedding += self._backward
-        return max(0, rise, inside + tied, embedding + tied, generate)
+        return max(0, rise, inside + tied, embedding + tied, generate, self._exchange - held)
 
     def _generation_bytes(self) -> int:
         if not isinstance(self.config, SamplingConfig):
@@ -705,15 +713,17 @@ def plan(
     device = resolve_device(config.device)
     memory = machine_memory(device) if memory is None else memory
     longest = longest_prompt(config) if isinstance(config, PolicyConfig | RejectionConfig) else None
-    planner = Planner(
+    planner_of = partial(
+        Planner,
         read_model_config(config.model),
         config,
         cache=cache,
         memory=memory,
         longest=longest,
-        devices=devices,
     )
+    planner = planner_of(devices=devices)
     tokens, both = config.tokens_per_microbatch, (False, True)
+    parts = planner.parts(tokens, config.checkpoint_activations)
     return Plan(
         config.model,
         str(planner.dtype).removeprefix("torch."),
@@ -724,10 +734,28 @@ def plan(
         config.checkpoint_activations,
         planner.demand,
         planner.demand_met,
-        planner.parts(tokens, config.checkpoint_activations),
+        parts,
         {c: planner.activation_bytes(tokens, c) for c in both},
         {c: planner.parts(tokens, c).peak for c in both},
         {c: planner.largest(memory, c) for c in both},
+        {
+            t: _by_groups(parts, planner_of(devices=devices // t), t)
+            for t in (2, 4, 8)
+            if devices % t == 0
+        },
+    )
+
+
+def _by_groups(parts: Parts, replicas: Planner, t: int) -> Parts:
+    """Return what a device would hold in a tensor-parallel group of `t`: a part of what it would
+    hold if each group was one device. The cache stays as it is: a group generates the sequences of
+    t devices, with 1 / t of a token's cache on each."""
+    return replace(
+        parts,
+        weights=replicas.weights // t,
+        reference=replicas.reference // t,
+        gradients=replicas.gradients // t,
+        optimizer=replicas.optimizer // t,
     )
 
 
@@ -776,6 +804,22 @@ def _cache_row(found: Plan) -> str:
     return f"KV cache: {asked}" if found.demand_met else f"KV cache: what is left; {asked} wait"
 
 
+def _tensor_table(found: Plan) -> Any:
+    """Return a table of what a device would hold with tensor parallelism."""
+    from rich.table import Table
+
+    table = Table(
+        title="with tensor parallelism: computed; not built, so that a run cannot choose it",
+        title_justify="left",
+    )
+    for name in ("devices to a group", "weights", "gradients", "optimizer", "all that is fixed"):
+        table.add_column(name, justify="right")
+    for t, parts in {1: found.parts, **found.tensor_parallel}.items():
+        counts = (parts.weights, parts.gradients, parts.optimizer, parts.fixed)
+        table.add_row(str(t), *map(format_bytes, counts))
+    return table
+
+
 def print_plan(found: Plan) -> None:
     """Print the plan as a table on standard output."""
     from rich.console import Console
@@ -810,6 +854,8 @@ def print_plan(found: Plan) -> None:
     table.add_row("available", format_bytes(found.memory))
     console = Console(width=100)
     console.print(table)
+    if found.tensor_parallel:
+        console.print(_tensor_table(found))
     for checkpointed, name in ((False, "without"), (True, "with")):
         most, needed = found.largest[checkpointed], format_bytes(parts.fixed)
         verdict = (

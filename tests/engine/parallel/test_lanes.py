@@ -10,7 +10,16 @@ import torch
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config.base import ParallelConfig
-from fusedrl.engine.parallel.lanes import Tree, added, costs_of, deal, owners_of
+from fusedrl.engine.parallel import lanes as lanes_module
+from fusedrl.engine.parallel.lanes import (
+    Tree,
+    added,
+    costs_of,
+    deal,
+    messages,
+    owners_of,
+    send_parameters,
+)
 from fusedrl.engine.parallel.ranks import Ranks, lanes_of, world
 
 
@@ -75,8 +84,11 @@ class Together(Ranks):
     def meeting(self, what):
         yield
 
-    def to_owners(self, what, parts):
-        return [theirs[self.rank].clone() for theirs in self._all(list(parts))]
+    def to_owners(self, what, flat, sizes):
+        return [theirs[self.rank].clone() for theirs in self._all(list(flat.split(sizes)))]
+
+    def from_owner(self, what, owner, flat):
+        flat.copy_(self._all(flat.clone())[owner])
 
 
 def lanes_gradients(device, lane):
@@ -108,8 +120,11 @@ def summed(ranks, device):
     return tree.result()
 
 
+@pytest.mark.parametrize("bucket", [1 << 24, 6])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_the_sum_has_the_same_bits_on_any_number_of_ranks(size, device):
+def test_the_sum_has_the_same_bits_on_any_number_of_ranks(size, bucket, device, monkeypatch):
+    """With a small bucket, messages have parts of several parameters."""
+    monkeypatch.setattr(lanes_module, "BUCKET", bucket)
     alone, live = summed(Ranks(lanes=8), device)
     assert set(live) == {"w", "bias", "rare", "double"} == set(alone)
     table, barrier, found = [None] * size, threading.Barrier(size), [None] * size
@@ -134,6 +149,49 @@ def test_the_sum_has_the_same_bits_on_any_number_of_ranks(size, device):
             if name in g
         )
         torch.testing.assert_close(whole[name].double(), exact, rtol=1e-5, atol=1e-3)
+
+
+def test_messages_have_every_number_once_and_none_is_long(monkeypatch):
+    monkeypatch.setattr(lanes_module, "BUCKET", 8)
+    like = {"big": torch.zeros(5, 5), "small": torch.zeros(3), "none": torch.zeros(0)}
+    found = messages(like, like)
+    assert found == [
+        [("big", 0, 8)],
+        [("big", 8, 16)],
+        [("big", 16, 24)],
+        [("big", 24, 25), ("small", 0, 3), ("none", 0, 0)],
+    ]
+    assert messages([], like) == []
+
+
+def test_parameters_arrive_whole_in_short_messages(device, monkeypatch):
+    monkeypatch.setattr(lanes_module, "BUCKET", 4)
+    names = {"a": (3, 3), "b": (2,), "c": (7,)}
+    owners = {"a": 0, "b": 1, "c": 1}
+    table, barrier = [None] * 2, threading.Barrier(2)
+    held = [
+        {
+            name: torch.full(shape, float(rank), device=device, dtype=torch.bfloat16)
+            for name, shape in names.items()
+        }
+        for rank in (0, 1)
+    ]
+    threads = [
+        threading.Thread(
+            target=lambda rank=rank: send_parameters(
+                Together(rank, 2, 2, table, barrier), owners, held[rank], list(names)
+            )
+        )
+        for rank in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for parameters in held:
+        assert {name: p.unique().tolist() for name, p in parameters.items()} == {
+            name: [owner] for name, owner in owners.items()
+        }
 
 
 def test_another_tree_gives_other_bits(device):

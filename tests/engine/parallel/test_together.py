@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tests.support.behaviour import cases, differences, furnish, read_run
+from tests.support.behaviour import cases, differences, read_run
+from tests.support.launched import (
+    LANES,
+    REWARDS,
+    command,
+    ended,
+    ranks_env,
+    start,
+    steps_of,
+    wait_for_a_step,
+)
 from tests.support.ranks import comparable, together
 from tests.support.ranks import start as start_ranks
 
@@ -24,7 +34,6 @@ from fusedrl.engine.cli.main import main
 from fusedrl.engine.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.cpu_only("processes of gloo")
-LANES = ["--parallel.lanes", "8"]
 CASES = (
     "sft held_out",
     "reward",
@@ -42,13 +51,6 @@ CASES = (
     "trpo",
 )
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    furnish(directory)
-    return directory
 
 
 def alike(furnished, sizes, names, options=LANES):
@@ -144,91 +146,10 @@ def test_a_rank_killed_at_any_meeting_loses_no_step(furnished, undisturbed, case
 
 
 # ---- through the command line ------------------------------------------------------------------
-REWARDS = """
-import os, signal, time
-import torch.distributed as dist
-
-RANK = dist.get_rank() if dist.is_initialized() else 0
-CALLS = [0]
-
-def length(prompts, completions, **columns):
-    return [float(len(text)) for text in completions]
-
-def slow(prompts, completions, **columns):
-    time.sleep(0.2)
-    return length(prompts, completions)
-
-def fails_on_one(prompts, completions, **columns):
-    CALLS[0] += 1
-    if CALLS[0] == 2 and RANK == 1:
-        raise ValueError("only here")
-    return length(prompts, completions)
-
-def dies_on_one(prompts, completions, **columns):
-    CALLS[0] += 1
-    if CALLS[0] == 2 and RANK == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return length(prompts, completions)
-"""
-RUN = [
-    *("--model", "m", "--data", "prompts.jsonl", "--prompts_per_step", "4"),
-    *("--tokens_per_microbatch", "60", "--generation.max_new_tokens", "8", "--device", "cpu"),
-    *("--run.progress", "false", "--optim.lr", "3e-3", "--optim.schedule", "constant", *LANES),
-]
-
-
-def command(directory, reward, steps, run, devices, *options, stage="ppo"):
-    rewards = directory / "on_ranks.py"
-    rewards.write_text(REWARDS, encoding="utf-8")
-    return [
-        *(sys.executable, "-m", "fusedrl", "train", stage, *RUN),
-        *("--reward", f"on_ranks.py:{reward}", "--steps", str(steps), "--run.dir", run),
-        *("--devices", str(devices), *options),
-    ]
-
-
-def heeds_ctrl_c():
-    """A shell's background job ignores it, and what it starts does."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def start(directory, *arguments, **options):
-    return subprocess.Popen(
-        command(directory, *arguments, **options),
-        cwd=directory,
-        preexec_fn=heeds_ctrl_c,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process):
-    said = process.communicate(timeout=240)[1]
-    return process.returncode, said
-
-
-def ranks_env():
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "GLOO_SOCKET_IFNAME": devices.LOOPBACK,
-    }
-
-
-def wait_for_a_step(metrics):
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes()):
-        time.sleep(0.05)
-
-
 REWARD_RUN = [
     *("--model", "m", "--data", "pairs.jsonl", "--pairs_per_step", "12", "--device", "cpu"),
     *("--run.dir", "judge", "--run.progress", "false"),
 ]
-
-
-def steps_of(directory, run):
-    return sorted(int(p.name[5:]) for p in (directory / run / "checkpoints").glob("step_*"))
 
 
 def test_an_error_on_one_rank_ends_all_with_its_message_and_the_step_before_is_saved(furnished):
@@ -281,7 +202,7 @@ def test_a_rank_that_dies_before_all_have_joined_ends_the_others(furnished, monk
     dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     children = [
         subprocess.Popen(one, cwd=furnished, env=ranks_env(), stderr=subprocess.DEVNULL)
-        for one in ([*words, "--place", f"0,2,{store}"], dies)
+        for one in ([*words, "--place", f"0,2,{os.getpid()},{store}"], dies)
     ]
     began = time.monotonic()
     assert devices._ended(children) == 128 + signal.SIGKILL
@@ -398,7 +319,7 @@ def test_ranks_with_different_commands_name_rank_and_key(furnished):
     processes = []
     for rank in (0, 1):
         words = command(furnished, "length", 2, "different", 1)
-        words += ["--place", f"{rank},2,{store}", "--run.seed", str(rank)]
+        words += ["--place", f"{rank},2,{os.getpid()},{store}", "--run.seed", str(rank)]
         processes.append(
             subprocess.Popen(
                 words,

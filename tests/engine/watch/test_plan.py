@@ -789,5 +789,13 @@ def test_the_command_line_plans_for_several_devices(tmp_path, capsys):
     assert [one["devices"] for one in found] == [1, 4]
     assert found[1]["bytes"]["optimizer"] < found[0]["bytes"]["optimizer"] / 2
     assert main([*command, "--devices", "4"]) == 0
-    assert "each of 4" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "each of 4" in said
+    assert "with tensor parallelism: computed; not built" in said
+    groups, parts = found[1]["tensor_parallel_fixed_bytes"], found[1]["bytes"]
+    assert sorted(groups) == ["2", "4"]
+    assert parts["weights"] / 4 < groups["4"] < groups["2"] < parts["weights"] + parts["optimizer"]
+    assert not found[0]["tensor_parallel_fixed_bytes"]
+    assert main(command) == 0
+    assert "tensor parallelism" not in capsys.readouterr().out
     assert main([*command, "--devices", "none"]) == 2
