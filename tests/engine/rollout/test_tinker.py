@@ -468,7 +468,7 @@ def test_a_policy_gradient_loop_of_tinkers_calls_learns(make):
     sampler = client.save_weights_and_get_sampling_client().result()
     tokenizer = client.get_tokenizer()
     means = []
-    for step in range(12):
+    for _ in range(12):
         prompts = [tokenizer(f"w{i}")["input_ids"] for i in range(4)]
         params = tinker.SamplingParams(max_tokens=8)
         calls = [sampler.sample(tinker.ModelInput.from_ints(p), 8, params) for p in prompts]
