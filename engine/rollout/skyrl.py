@@ -10,8 +10,8 @@ Where the trained module lies in this process, `HybridActor.from_module` shares 
 nothing is copied. SkyRL's own trainer keeps the policy in other processes: then the actor has a
 copy, which `update_weights` or `load` overwrites after every step; `copied` counts the bytes.
 
-Source    SkyRL 0.3 and 0.4 (skyrl/train/generators/base.py and skyrl_gym_generator.py) and
-          SkyRL-Gym 0.4, which is imported where it is used.
+Source    SkyRL 0.3 and 0.4 (skyrl.train.generators: base, skyrl_gym_generator) and SkyRL-Gym 0.4,
+          which is imported where it is used.
 """
 
 from __future__ import annotations

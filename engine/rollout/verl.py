@@ -9,8 +9,8 @@ verl's workers hold the weights, mostly as shards, in processes of their own. So
 are a copy on each device, and every update is sent to it: verl's worker hands out whole tensors,
 which travel through Ray's shared memory on the host. `Server.stats` counts their bytes.
 
-Source    verl 0.9.1 (verl/workers/rollout/replica.py, base.py and vllm_rollout). It is imported
-          where it is used: this file can be imported without it.
+Source    verl 0.9.1 (verl.workers.rollout: replica, base, vllm_rollout). It is imported where it
+          is used: this file can be imported without it.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ class Server:
 
 
 class ServerAdapter:
-    """What verl's worker calls to hand new weights to the server of its replica. It has the methods
-    of verl's BaseRollout; a replica is one device, so each worker has one of its own.
+    """Hands new weights from a worker of verl to the server of its replica, and has the methods of
+    verl's BaseRollout. A replica is one device, so each worker has one of its own.
 
     Args:
         config, model_config, device_mesh: verl's.

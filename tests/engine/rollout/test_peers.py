@@ -40,12 +40,13 @@ def test_an_update_of_another_model_is_refused(tiny_model, device):
     received = ReceivedWeights(
         HybridActor.from_pretrained(tiny_model, dtype="float32", device=device)
     )
-    for named, message in (
-        ([("model.norm.weight", torch.ones(5))], r"model.norm.weight \[5\], .* has \[32\]"),
-        ([("base_model.model.q.lora_A", torch.ones(5))], "no such tensor.*without an adapter"),
+    other = torch.ones(5, device=device)
+    for name, message in (
+        ("model.norm.weight", r"model.norm.weight \[5\], .* has \[32\]"),
+        ("base_model.model.q.lora_A", "no such tensor.*without an adapter"),
     ):
         with pytest.raises(ValueError, match=message):
-            received.take(named)
+            received.take([(name, other)])
     with pytest.raises(ValueError, match="tensors are missing, such as"):
         received.end()
     with pytest.raises(RuntimeError, match="send them again"):

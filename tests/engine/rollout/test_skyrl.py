@@ -10,7 +10,7 @@ import torch
 import typing_extensions
 from transformers import AutoModelForCausalLM
 
-from fusedrl.engine import HybridActor
+from fusedrl.engine import HybridActor, PackedBatch
 from fusedrl.engine.rollout.skyrl import SkyRLGenerator
 
 skyrl_gym = pytest.importorskip("skyrl_gym", reason="skyrl-gym is not installed")
@@ -239,3 +239,37 @@ def test_a_stop_string_ends_a_turn_without_an_eos(make):
             assert said[first : first + 5] == [2, W + 27, W, W + 21, W + 1]
             seen += 1
     assert seen
+
+
+@pytest.mark.real
+def test_episodes_are_the_conversation_that_a_real_template_writes(smollm2):
+    """An episode's tokens, read as text, are what the model's template makes of the messages."""
+    actor = HybridActor.from_pretrained(smollm2, dtype="float32")
+    generator = SkyRLGenerator(actor, max_turns=3)
+    question = [
+        {"role": "user", "content": "Say hi \U0001f642 in one word: \u05e9\u05dc\u05d5\u05dd"}
+    ]
+    asked = batch(2, prompts=[question] * 2)
+    asked["sampling_params"] = {"max_tokens": 200, "temperature": 0.7}
+    out = asyncio.run(generator.generate(asked))
+    several = 0
+    for row in range(2):
+        heard = out["env_metrics"][row]["heard"]
+        messages = [*question]
+        for turn, text in enumerate(heard):
+            messages.append({"role": "assistant", "content": text})
+            if turn < len(heard) - 1:
+                messages.append({"role": "user", "content": f"w{21 + turn}"})
+        written = actor.tokenizer.apply_chat_template(messages, tokenize=False)
+        said = actor.tokenizer.decode(out["prompt_token_ids"][row] + out["response_ids"][row])
+        assert written.startswith(said)
+        several += len(heard) > 1
+        batched = PackedBatch.from_sequences(
+            [(out["prompt_token_ids"][row], out["response_ids"][row])]
+        )
+        logp = actor.score(batched, temperature=0.7).logp[len(out["prompt_token_ids"][row]) :]
+        for mine, drawn, scored in zip(
+            out["loss_masks"][row], out["rollout_logprobs"][row], logp.tolist(), strict=True
+        ):
+            assert not mine or drawn == pytest.approx(scored, abs=2e-3)
+    assert several

@@ -490,3 +490,44 @@ def test_a_policy_gradient_loop_of_tinkers_calls_learns(make):
         client.optim_step(tinker.AdamParams(learning_rate=2e-2))
         means.append(np.mean(rewards))
     assert np.mean(means[-3:]) > 3 * np.mean(means[:3]) + 0.5
+
+
+@pytest.mark.real
+def test_a_real_model_is_sampled_trained_and_resumed(smollm2, tmp_path):
+    def new(name):
+        actor = HybridActor.from_pretrained(smollm2, dtype="float32")
+        actor.add_adapter(LoRAConfig(rank=4))
+        return TinkerClient(actor, tmp_path / name)
+
+    client = new("one")
+    messages = [{"role": "user", "content": "Count to five \U0001f642 \u05d0\u05d7\u05ea"}]
+    encoded = client.get_tokenizer().apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )
+    prompt = list(encoded["input_ids"])
+    params = tinker.SamplingParams(max_tokens=24)
+    drawn = client.sample(tinker.ModelInput.from_ints(prompt), 4, params).result().sequences
+    before = [0.0] * (len(prompt) - 1)
+    data = [
+        datum(
+            prompt + s.tokens,
+            logprobs=np.array(before + s.logprobs),
+            advantages=np.array(before + [sign] * len(s.tokens)),
+        )
+        for s, sign in zip(drawn, (1.0, -1.0, 1.0, -1.0), strict=True)
+    ]
+    told = client.forward_backward(data, "importance_sampling").result()
+    for s, out in zip(drawn, told.loss_fn_outputs, strict=True):
+        gap = np.abs(out["logprobs"].to_numpy()[len(before) :] - np.array(s.logprobs))
+        assert gap.max() < 1e-3
+    client.optim_step(ADAM).result()
+    path = client.save_state("a").result().path
+    other = new("two")
+    other.load_state_with_optimizer(path).result()
+    rows = []
+    for each in (client, other):
+        out = each.forward_backward(data, "ppo").result()
+        norm = each.optim_step(ADAM).result().metrics["grad_norm"]
+        drawn = each.sample(tinker.ModelInput.from_ints(prompt), 2, params).result().sequences
+        rows.append((out.metrics, norm, [(s.tokens, s.logprobs) for s in drawn]))
+    assert rows[0] == rows[1]

@@ -117,89 +117,111 @@ def test_a_replica_of_several_devices_is_refused():
             make()
 
 
+@pytest.mark.full
 def test_verls_client_gets_completions_of_the_weights_that_its_worker_trains(cluster, tiny_model):
     asyncio.run(_session(tiny_model))
 
 
-async def _session(directory):
-    from verl.workers.rollout.llm_server import LLMServerManager
+class Session:
+    """verl's manager with one replica, beside one worker that trains."""
 
-    from fusedrl.engine.rollout import verl
+    asked = {  # noqa: RUF012 (copied for each request)
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "repetition_penalty": 1.0,
+        "logprobs": True,
+    }
+    prompts = tuple([1, 4 + i % 3] for i in range(24))
 
-    verl.register()
-    config = configured(directory)
-    worker = ray.remote(worker_class()).remote(directory, config.actor_rollout_ref.rollout)
-    group = SimpleNamespace(workers=[worker], world_size=1)
-    manager = await LLMServerManager.create(config, worker_group=group)
-    (replica,) = manager.get_replicas()
-    client, (server,) = manager.get_client(), replica.servers
-    asked = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
-    asked["logprobs"] = True
-    prompts = [[1, 4 + i % 3] for i in range(24)]
+    async def begin(self, directory):
+        from verl.workers.rollout.llm_server import LLMServerManager
 
-    async def generate(names=""):
-        return await asyncio.gather(
-            *[
-                client.generate(f"{names}{i}", prompt_ids=p, sampling_params=dict(asked))
-                for i, p in enumerate(prompts)
-            ]
-        )
+        from fusedrl.engine.rollout import verl
 
-    async def check(outs, step):
-        for prompt, out in zip(prompts, outs, strict=True):
+        verl.register()
+        config = configured(directory)
+        self.worker = ray.remote(worker_class()).remote(directory, config.actor_rollout_ref.rollout)
+        group = SimpleNamespace(workers=[self.worker], world_size=1)
+        manager = await LLMServerManager.create(config, worker_group=group)
+        (self.replica,) = manager.get_replicas()
+        self.client, (self.server,) = manager.get_client(), self.replica.servers
+        return self
+
+    async def ask(self, name, prompt, **options):
+        sampling = {**self.asked, **options}
+        return await self.client.generate(name, prompt_ids=prompt, sampling_params=sampling)
+
+    async def generate(self):
+        return await asyncio.gather(*[self.ask(f"{i}", p) for i, p in enumerate(self.prompts)])
+
+    async def check(self, outs, step):
+        """Completions with log-probabilities by the weights that the worker has now."""
+        for prompt, out in zip(self.prompts, outs, strict=True):
             assert 0 < len(out.token_ids) == len(out.log_probs) <= 12
             assert out.stop_reason == "completed"
             assert out.extra_fields["global_steps"] == step
-            expected = await worker.score.remote(prompt, out.token_ids)
+            expected = await self.worker.score.remote(prompt, out.token_ids)
             assert out.log_probs == pytest.approx(expected, abs=1e-4)
 
-    first = await generate()
-    await check(first, None)
+
+async def _session(directory):
+    s = await Session().begin(directory)
+    first = await s.generate()
+    await s.check(first, None)
     assert len({tuple(out.token_ids) for out in first}) > 12
     # the worker trains, and sends what it has
-    await worker.train.remote(0.1)
-    sent = await worker.send.remote(7)
-    assert (await server.stats.remote())["bytes"] == sent
-    await check(await generate(), 7)
+    await s.worker.train.remote(0.1)
+    sent = await s.worker.send.remote(7)
+    assert (await s.server.stats.remote())["bytes"] == sent
+    await s.check(await s.generate(), 7)
     # sleeping frees the cache and keeps the weights
-    await worker.around.remote()
-    await replica.sleep()
-    await replica.wake_up()
-    await check(await generate(), 7)
-    # an update that is not whole is never drawn from
-    await worker.train.remote(0.1)
+    await s.worker.around.remote()
+    await s.replica.sleep()
+    await s.replica.wake_up()
+    await s.check(await s.generate(), 7)
+    await _broken_updates(s)
+    await _held_requests(s)
+    for options in ({"repetition_penalty": 1.2}, {"temperature": -1.0}):
+        with pytest.raises((TypeError, ValueError), match=r"cannot be followed|expected temp"):
+            await s.ask("x", [1], **options)
+    long = await s.ask("l", [1] * 40)
+    assert (long.token_ids, long.stop_reason) == ([], "completed")
+    short = await s.ask("s", [1, 4], max_tokens=1, logprobs=False)
+    assert (len(short.token_ids), short.log_probs) == (1, None)
+
+
+async def _broken_updates(s):
+    """Weights of two versions are never drawn from."""
+    await s.worker.train.remote(0.1)
     with pytest.raises(ValueError, match="1 tensors are missing, such as model"):
-        await worker.send.remote(8, without=("model.norm.weight",))
-    pending = asyncio.ensure_future(generate())
+        await s.worker.send.remote(8, without=("model.norm.weight",))
+    pending = asyncio.ensure_future(s.generate())
     await asyncio.sleep(0.2)
     assert not pending.done(), "requests wait for the update to end"
-    await worker.send.remote(8)
-    await check(await pending, 8)
+    await s.worker.send.remote(8)
+    await s.check(await pending, 8)
     for options, message in (
         ({"wire_format": "delta_flush"}, "takes whole weights, got wire format delta_flush"),
         ({"peft_config": {"r": 4}}, "got a LoRA adapter; set actor_rollout_ref.model.lora.merge"),
     ):
         with pytest.raises(ValueError, match=message):
-            await worker.send.remote(9, **options)
-    # requests end with what they have, and wait
-    await replica.abort_all_requests(reject_request=True)
-    refused = await client.generate("a", prompt_ids=[1, 5], sampling_params=dict(asked))
+            await s.worker.send.remote(9, **options)
+
+
+async def _held_requests(s):
+    """Requests are refused, or wait."""
+    await s.replica.abort_all_requests(reject_request=True)
+    refused = await s.ask("a", [1, 5])
     assert (refused.token_ids, refused.stop_reason) == ([], "aborted")
-    await replica.abort_all_requests()
-    held = asyncio.ensure_future(generate())
+    under_way = asyncio.ensure_future(s.generate())
+    await asyncio.sleep(0.01)
+    await s.replica.abort_all_requests()
+    held = asyncio.ensure_future(s.generate())
     await asyncio.sleep(0.2)
     assert not held.done()
-    await replica.resume_generation()
-    await check(await held, 8)
-    for call, message in (
-        ({"repetition_penalty": 1.2}, "cannot be followed"),
-        ({"temperature": -1.0}, "expected temperature"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            await client.generate("x", prompt_ids=[1], sampling_params={**asked, **call})
-    long = await client.generate("l", prompt_ids=[1] * 40, sampling_params=dict(asked))
-    assert (long.token_ids, long.stop_reason) == ([], "completed")
-    short = await client.generate(
-        "s", prompt_ids=[1, 4], sampling_params={**asked, "max_tokens": 1, "logprobs": False}
-    )
-    assert (len(short.token_ids), short.log_probs) == (1, None)
+    await s.replica.resume_generation()
+    await s.check(await held, 8)
+    for out in await under_way:  # each with what it had when it was told to end
+        assert out.stop_reason in ("completed", "aborted")
+        assert len(out.token_ids) == len(out.log_probs) <= 12
