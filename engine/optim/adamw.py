@@ -141,6 +141,13 @@ class Optimizer:
             else:
                 group["lr"] = value
 
+    def set(self, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        """Set AdamW's numbers for the steps from now on; see `make_optimizer`."""
+        self.lr, self._eps = lr, eps
+        for group in self._groups:
+            wide = group["params"][0].ndim > 1
+            group.update(betas=betas, eps=eps, weight_decay=weight_decay if wide else 0.0)
+
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return [] if self._adamw is None else self._adamw.param_groups

@@ -46,9 +46,9 @@ def rollout_func(
         params: sampling options (n is ignored); None: as the trainer's arguments say
             (max_completion_length, temperature, top_p, top_k, min_p, seed).
     Raises:
-        TypeError, ValueError: at the first rollout, a model that `HybridActor.from_module` does not
-            accept (sharded, with PEFT's adapter), or trainer arguments that this function does not
-            support.
+        TypeError, ValueError: at the first rollout, a model that is sharded (FSDP, ZeRO-3) or that
+            `HybridActor.from_module` does not accept (with PEFT's adapter), or trainer arguments
+            that this function does not support.
         RuntimeError: at a rollout, an actor whose weights are not those that the trainer trains.
     """
     return Rollouts(actor, params)
@@ -87,6 +87,7 @@ class Rollouts:
 
     def _actor(self, trainer: Any) -> HybridActor:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        _refuse_shards(model)
         if self.actor is not None and _lies_in(model, self.actor.decoder):
             return self.actor
         if self._make is None:
@@ -121,6 +122,28 @@ class Rollouts:
             (((2 * step + evaluating) << _GROUPS) + group << _RANKS) + rank
             for group in range(start, start + count)
         ]
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    """Raise ValueError if each process holds a part of the model alone: FSDP2 makes its parameters
+    DTensors, FSDP1 flat ones, and DeepSpeed's ZeRO-3 empty ones."""
+    for name, p in model.named_parameters():
+        by = (
+            "FSDP2"
+            if hasattr(p, "placements")
+            else "FSDP1"
+            if "_flat_param" in name
+            else "DeepSpeed's ZeRO-3"
+            if hasattr(p, "ds_id")
+            else None
+        )
+        if by is not None:
+            raise ValueError(
+                f"rollout_func: {by} has sharded the model, and completions are drawn from whole "
+                "weights in each process. Train it whole on each device: an accelerate config "
+                "without fsdp (DDP), or DeepSpeed's ZeRO-2. Where the optimizer's state does not "
+                "fit then, `fusedrl train grpo --devices N` divides it"
+            )
 
 
 def _lies_in(model: nn.Module, decoder: Decoder) -> bool:

@@ -157,17 +157,25 @@ def test_what_the_trainer_asks_for_is_followed_or_refused(tiny_model):
         )
 
 
-def processes(count, model, out, **options):
-    """What each of `count` processes of torchrun wrote."""
+def torchrun(count):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+
+
+def accelerate_launch(count):
+    """--multi_gpu means a process a device; the script's trainer says that they are CPUs."""
+    start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    return [*start, "--num_processes", str(count), "--mixed_precision", "no"] + [
+        *["--dynamo_backend", "no", "--main_process_port", "0"]
+    ]
+
+
+def processes(count, model, out, launcher=torchrun, **options):
+    """What each of `count` processes wrote."""
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     script = Path(__file__).with_name("trl_processes.py")
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
+        *launcher(count),
         str(script),
         str(model),
         str(out),
@@ -233,6 +241,42 @@ def test_two_processes_draw_differently_and_train_one_model(tiny_model, tmp_path
 def test_one_process_under_torchrun_and_three(count, tiny_model, tmp_path):
     told = processes(count, tiny_model, tmp_path, eval_strategy="steps", eval_steps=1)
     check(told, {"DistributedDataParallel"})
+
+
+@pytest.mark.full
+def test_two_processes_of_accelerate_launch(tiny_model, tmp_path):
+    """What two processes of torchrun do, to the bit."""
+    for launcher in (accelerate_launch, torchrun):
+        (tmp_path / launcher.__name__).mkdir()
+    first, second = (
+        processes(2, tiny_model, tmp_path / launcher.__name__, launcher, max_steps=3)
+        for launcher in (accelerate_launch, torchrun)
+    )
+    check(first, {"DistributedDataParallel"})
+    assert first == second
+
+
+def test_a_sharded_model_is_refused_with_the_remedy(tiny_model, tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    trainer = Trainer(tiny_model)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for layer in trainer.model.model.layers:
+            fully_shard(layer)
+        fully_shard(trainer.model)
+        with pytest.raises(ValueError, match=r"FSDP2 has sharded the model.*without fsdp"):
+            rollout_func()(PROMPTS, trainer)
+    finally:
+        distributed.destroy_process_group()
+    trainer = Trainer(tiny_model)
+    call = rollout_func()
+    call(PROMPTS, trainer)
+    trainer.model.model.norm.weight.ds_id = 3  # what ZeRO-3 leaves on each parameter
+    with pytest.raises(ValueError, match="ZeRO-3 has sharded"):
+        call(PROMPTS, trainer)
 
 
 def grpo_arguments(directory, **options):
