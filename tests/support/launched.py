@@ -79,7 +79,7 @@ def command(directory, reward, steps, run, devices, *options, stage="ppo"):
     rewards = directory / "on_ranks.py"
     rewards.write_text(REWARDS, encoding="utf-8")
     return [
-        *(sys.executable, "-m", "fusedrl.engine.cli", "train", stage, *RUN),
+        *(sys.executable, "-m", "fusedrl", "train", stage, *RUN),
         *("--reward", f"on_ranks.py:{reward}", "--steps", str(steps), "--run.dir", run),
         *("--devices", str(devices), *options),
     ]
