@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fusedrl.engine.base.errors import ConfigError, no_such
+from fusedrl.engine.config.base import data_text
 
 _BOOLEANS = {
     "true": True,
@@ -101,6 +102,8 @@ def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -
             if name not in known:
                 raise ConfigError(f"{path}: unknown key {f'{prefix}{key}'!r}{hint(name)}")
             value = meant(value, known[name])
+            if name.rpartition(".")[2] == "data" and isinstance(value, dict | list):
+                value = data_text(value)
             if group_of(known[name]) is not None and not (
                 value is None and type(None) in parts_of(known[name])
             ):

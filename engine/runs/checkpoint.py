@@ -36,8 +36,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
-from fusedrl.engine.data.lines import check_data_file
-from fusedrl.engine.data.readers import Data, parse_data
+from fusedrl.engine.data.rows import check_source, source_digest
+from fusedrl.engine.data.sources import Data, parse_data
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
@@ -397,12 +397,12 @@ def _verify(path: Path) -> dict[str, Any]:
 
 
 def data_digest(data: Data) -> str:
-    """Return the SHA-256 of a data file; of several files, all digests. Errors are those of
-    `check_data_file`."""
+    """Return the SHA-256 of a data file's bytes, or of a hub data set's rows; of several sources,
+    all digests. Errors are those of `check_source`."""
     sources = parse_data(data)
     for source in sources:
-        check_data_file(Path(source.path))
-    return " ".join(file_digest(source.path) for source in sources)
+        check_source(source)
+    return " ".join(source_digest(source) for source in sources)
 
 
 def _all_data(config: Any) -> str:
@@ -414,7 +414,7 @@ def _all_data(config: Any) -> str:
 
 def identity(config: Any) -> dict[str, Any]:
     """Return, as JSON values, everything that determines a run's result: its configuration, and
-    digests of the data and of the initial model. Errors are those of `check_data_file`."""
+    digests of the data and of the initial model. Errors are those of `check_source`."""
     return {
         "stage": type(config).__name__,
         "config": config_to_dict(config),
