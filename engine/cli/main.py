@@ -26,6 +26,7 @@ from importlib.metadata import version
 from typing import Any, Literal, get_args, get_origin
 
 from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped, UserError
+from fusedrl.engine.cli import data
 from fusedrl.engine.cli.bench import bench_options, run_bench
 from fusedrl.engine.cli.common import (
     CONFIGURATION,
@@ -202,6 +203,7 @@ def _parser() -> Parser:
         )
     )
     add_commands(commands)
+    data.add_commands(commands)
     verify_options(commands)
     demo = commands.add_parser(
         "demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False
