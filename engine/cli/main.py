@@ -406,7 +406,12 @@ def _sort_options(
                 )
             else:
                 given = meant(value, known[name])
-                options.append(f"--{name}={given if isinstance(given, str) else json.dumps(given)}")
+                if isinstance(given, str) and given[:1] in ("[", "{") and ".data" in name:
+                    group, _, own = name.rpartition(".")  # a text, which would be taken apart
+                    options.append(f"--config={json.dumps({group: {own: given}})}")
+                else:
+                    text = given if isinstance(given, str) else json.dumps(given)
+                    options.append(f"--{name}={text}")
         index += 1
     return files, options + [
         f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed

@@ -481,7 +481,7 @@ def print_preview(shown: Preview, console: Console | None = None) -> None:
         say(f"  {count:,} left out: {reason}", "yellow")
     if shown.bad_rows:
         say(
-            f"  {shown.bad_rows:,} bad; a run stops at them, or skips them by skip_bad_lines:",
+            f"  {shown.bad_rows:,} bad; a run stops at them or, with skip_bad_lines, skips them:",
             "red",
         )
     for message in shown.bad:

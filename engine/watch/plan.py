@@ -66,6 +66,7 @@ from fusedrl.engine.parallel.lanes import deal
 from fusedrl.engine.parallel.ranks import lanes_of
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.policy.objectives import make_objective, two_steps
+from fusedrl.engine.rollout.prompts import room_for_prompts
 from fusedrl.kernels.linear_head import keeps_logits, workspace
 from fusedrl.kernels.runtime import native
 
@@ -251,7 +252,7 @@ def longest_prompt(config: PolicyConfig | RejectionConfig) -> int | None:
     tokenizer = None if directory is None else load_tokenizer(directory)
     if tokenizer is None or not all(may_be_read(source) for source in sources):
         return None
-    room = read_model_config(config.model).max_positions - config.generation.max_new_tokens
+    room = room_for_prompts(read_model_config(config.model), config.generation.max_new_tokens)
     options = ReadOptions(count_tokens=partial(count_tokens, tokenizer))
     found = 0
     for source in sources:

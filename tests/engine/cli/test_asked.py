@@ -4,7 +4,6 @@ models and data of another kind, stop strings.
 One file: each case is a few lines, and a new one is looked for among the others.
 """
 
-import gzip
 import json
 import shutil
 import subprocess
