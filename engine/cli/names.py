@@ -184,6 +184,15 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "test_freq": ("evaluation.every", "eval_every"),
     "disable_tqdm": ("run.progress",),
 }
+# how some of them are written here, which the name alone does not say
+HOW = {
+    "input_key": "FILE:prompt=COLUMN",
+    "prompt_key": "FILE:prompt=COLUMN",
+    "dataset_config": "hf:ID:SPLIT:config=NAME",
+    "dataset_train_split": "hf:ID:SPLIT",
+    "dataset_split": "hf:ID:SPLIT",
+    "dataset_name": "hf:ID, or a file",
+}
 # What is nearest, in a stage that has it not, to an option of other stages: sft, reward and dpo
 # count epochs.
 OF_OTHER_STAGES: dict[str, tuple[str, ...]] = {

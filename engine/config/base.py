@@ -19,7 +19,20 @@ from fusedrl.engine.base.errors import ConfigError
 def require(condition: bool, where: str, expected: str, found: object) -> None:
     """Raise ConfigError unless the condition holds."""
     if not condition:
-        raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
+        raise ConfigError(f"config: expected {where} {expected}, got {_short(found)}")
+
+
+def _short(found: object) -> str:
+    """Return a value as a message shows it; of a group of options those that are not the usual
+    ones."""
+    if not is_dataclass(found) or isinstance(found, type):
+        return repr(found)
+    changed = [
+        f"{one.name} = {getattr(found, one.name)!r}"
+        for one in fields(found)
+        if getattr(found, one.name) != one.default and not is_dataclass(getattr(found, one.name))
+    ]
+    return ", ".join(changed) or "its usual options"
 
 
 def check(config: Any, group: str, *rows: tuple[Any, ...]) -> None:
@@ -456,7 +469,7 @@ class SamplingConfig:
             (
                 "reward_weights",
                 self.reward_weights is None or len(self.reward_weights) == rewards,
-                f"{rewards} numbers, one per reward",
+                f"with as many numbers as there are rewards, {rewards}",
             ),
             (
                 "max_prompt_length",

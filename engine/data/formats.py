@@ -266,9 +266,8 @@ def _nearest(row: Row, kind: type | None) -> str:
         return difflib.SequenceMatcher(None, name, found).ratio()
 
     def nearness(entry: Format) -> float:
-        return sum(
-            max((alike(name, found) for found in row), default=0.0) for name in entry.columns
-        ) / len(entry.columns)
+        found = [max((alike(name, one) for one in row), default=0.0) for name in entry.columns]
+        return sum(found) / len(found) + (_USUAL if entry.name in _PLAIN else 0.0)
 
     # the first of the best
     candidates = (entry for entry in FORMATS.values() if kind is None or kind in entry.reads)
@@ -283,6 +282,8 @@ def _nearest(row: Row, kind: type | None) -> str:
     )
 
 
+_PLAIN = ("prompt-completion", "preference", "prompt")  # what most rows are that were misnamed
+_USUAL = 0.2
 _LIKELY = {
     "prompt": ("question", "query", "instruction", "input", "problem", "prompts"),
     "completion": ("answer", "response", "output", "solution", "target", "completions"),
@@ -298,7 +299,9 @@ def _other_name(lacking: str, others: list[str]) -> str:
     if not others:
         return ""
     likely = [name for name in others if name.lower() in _LIKELY.get(lacking, ())]
-    near = likely or difflib.get_close_matches(lacking, others, 1)
+    ours = {name for entry in FORMATS.values() for name in entry.columns}
+    strange = [name for name in others if name not in ours]  # of the others the meaning is known
+    near = likely or difflib.get_close_matches(lacking, strange, 1)
     if not near:
         return f"; a column under another name is told by FILE:{lacking}=NAME"
     return f'; if "{near[0]}" holds it, add :{lacking}={near[0]} behind the name of the file'

@@ -30,6 +30,7 @@ from fusedrl.engine.data.formats import (
     unknown_columns,
 )
 from fusedrl.engine.data.lines import BadRow, Dropped, Row, RowRead
+from fusedrl.engine.data.mistaken import guess
 from fusedrl.engine.data.records import (
     Demonstration,
     Dialogue,
@@ -239,7 +240,7 @@ def _load(
         )
     for source in sources:
         found = read_source(source, kind, options or ReadOptions())
-        if not found.items and (skip or not found.bad):
+        if not found.items and (skip or not found.bad or _mistaken(source, found)):
             raise nothing_usable(source, found)
         total.items += found.items
         total.dropped += found.dropped
@@ -258,13 +259,23 @@ def _load(
     return total.items, dict(total.dropped)
 
 
+def _mistaken(source: Source, found: Found) -> str:
+    """Return what a source without a row of any format may be instead of JSON lines; "" if nothing
+    is to be seen."""
+    if not found.bad or found.format is not None or kind_of(source) != "json":
+        return ""
+    return guess(Path(source.path))
+
+
 def nothing_usable(source: Source, found: Found) -> DataError:
     """Return the error for a source without a record; it says what became of its rows."""
+    if what := _mistaken(source, found):
+        return DataError(f"{source.name}: no usable row; {what} (the first: {found.bad[0][2]})")
     why = [f"{len(found.bad)} bad, the first: {found.bad[0][2]}"] if found.bad else []
     why += [f"{count} dropped: {name}" for name, count in found.dropped.items()]
+    expected = f"; expected {EXPECTED[kind_of(source)]}" if not found.dropped else ""
     return DataError(
-        f"{source.name}: no usable row ({'; '.join(why) or 'the file is empty'}); expected "
-        f"{EXPECTED[kind_of(source)]}"
+        f"{source.name}: no usable row ({'; '.join(why) or 'the file is empty'}){expected}"
     )
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fusedrl.engine.base.errors import DataError, no_such
+from fusedrl.engine.base.errors import DataError, check_no_pointer, no_such
 from fusedrl.engine.data.delimited import read_delimited, typed
 from fusedrl.engine.data.fields import column
 from fusedrl.engine.data.lines import BadRow, Row, RowRead, parse_row, read_lines
@@ -61,6 +61,7 @@ def kind_of(source: Source) -> str:
         return "hub"
     path = Path(source.path)
     _check_file(path)
+    check_no_pointer(path)
     with open(path, "rb") as file:
         first = file.read(4)
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()

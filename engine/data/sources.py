@@ -193,7 +193,9 @@ def _of_mapping(entry: Mapping[str, Any]) -> Source:
 def _source(entry: str) -> Source:
     """Return the source that one entry of a data option names."""
     if not entry:
-        raise DataError("data: expected a file, got an empty name")
+        raise DataError(
+            "data: expected a file, got an empty name; before and behind a comma stands a file"
+        )
     _refuse_address(entry)
     if Path(entry).exists():
         return Source(entry)

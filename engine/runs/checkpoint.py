@@ -465,8 +465,14 @@ class RunLock:
                 f"{str(run_dir)!r}, and {file} is a file; choose "
                 "another --run.dir"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
+        except OSError as error:
+            raise SetupError(
+                f"{run_dir}: the directory of the run cannot be written ({error.strerror}: "
+                f"{error.filename}); choose another --run.dir, or change the rights there"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -543,12 +549,19 @@ class RunDirectory:
         path = self.dir / "config.json"
         try:
             saved = _upgraded(json.loads(path.read_bytes()), type(config))
+            if saved["stage"] != current["stage"]:
+                raise ConfigError(
+                    f"{self.dir}: holds a run of another stage ({saved['stage']}, and this one is "
+                    f"{current['stage']}); choose another --run.dir"
+                )
             differences = config_diff(saved["config"], current["config"])
             differences += [
                 f"{key}: {saved[key]} -> {current[key]}"
                 for key in current
                 if key != "config" and saved[key] != current[key]
             ]
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was "

@@ -100,7 +100,7 @@ class Lengths:
 
 @dataclass
 class Preview:
-    """What a stage makes of the first rows of a source.
+    """Result of reading the first rows of a source as a stage does.
 
     Attributes:
         file: kind of the source: JSON, CSV, Parquet, Arrow, a data set.
@@ -151,7 +151,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to preview.
+    """Options of a preview.
 
     Args:
         kind: type of the records; None takes the format's first.

@@ -19,6 +19,8 @@ from fusedrl.engine.model.weights import load_tokenizer
 from fusedrl.engine.preference.pairs import read_pairs
 from fusedrl.engine.tools.preview import STAGES, print_preview, segments_of, summary
 
+pytestmark = pytest.mark.cpu_only("the command line chooses the device")
+
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"

@@ -40,6 +40,8 @@ from fusedrl.engine.data.readers import (
 )
 from fusedrl.engine.data.rows import source_digest
 
+pytestmark = pytest.mark.cpu_only("files are read on no device")
+
 ROWS = [
     {"prompt": "a, “b”\nc", "completion": "007"},
     {"prompt": '"quoted"', "completion": " שלום 😀\r\nx"},
