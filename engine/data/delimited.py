@@ -140,7 +140,10 @@ def _row(
 
 
 def _is_text(cell: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in cell)
+    try:
+        return cell.isascii() or bool(cell.encode())
+    except UnicodeEncodeError:  # a byte that was not UTF-8
+        return False
 
 
 def typed(row: Row) -> Row:

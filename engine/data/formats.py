@@ -267,7 +267,7 @@ def _nearest(row: Row, kind: type | None) -> str:
 
     def nearness(entry: Format) -> float:
         found = [max((alike(name, one) for one in row), default=0.0) for name in entry.columns]
-        return sum(found) / len(found) + (_USUAL if entry.name in _PLAIN else 0.0)
+        return sum(found) / len(found) + (_USUAL if entry.name == _PLAIN.get(kind) else 0.0)
 
     # the first of the best
     candidates = (entry for entry in FORMATS.values() if kind is None or kind in entry.reads)
@@ -282,7 +282,12 @@ def _nearest(row: Row, kind: type | None) -> str:
     )
 
 
-_PLAIN = ("prompt-completion", "preference", "prompt")  # what most rows are that were misnamed
+_PLAIN: dict[type | None, str] = {  # what most rows are whose columns have other names
+    None: "prompt-completion",
+    Demonstration: "prompt-completion",
+    PairExample: "preference",
+    PromptExample: "prompt",
+}
 _USUAL = 0.2
 _LIKELY = {
     "prompt": ("question", "query", "instruction", "input", "problem", "prompts"),

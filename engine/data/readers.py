@@ -270,7 +270,7 @@ def _mistaken(source: Source, found: Found) -> str:
 def nothing_usable(source: Source, found: Found) -> DataError:
     """Return the error for a source without a record; it says what became of its rows."""
     if what := _mistaken(source, found):
-        return DataError(f"{source.name}: no usable row; {what} (the first: {found.bad[0][2]})")
+        return DataError(f"{source.name}: no usable row; {what}")
     why = [f"{len(found.bad)} bad, the first: {found.bad[0][2]}"] if found.bad else []
     why += [f"{count} dropped: {name}" for name, count in found.dropped.items()]
     expected = f"; expected {EXPECTED[kind_of(source)]}" if not found.dropped else ""

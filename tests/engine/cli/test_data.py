@@ -111,6 +111,22 @@ def test_dialogues_render_the_chat_template(capsys, chat_model, write_jsonl):
     assert text(prompts["examples"][0][0]).split()[-1] == "<unk>"  # "assistant", where it goes on
 
 
+@pytest.mark.real
+def test_a_real_chat_template(capsys, smollm2, write_jsonl):
+    turns = [("user", "Ahoj 😀 שלום"), ("assistant", "Hi."), ("user", "?"), ("assistant", "Bye")]
+    messages = [{"role": role, "content": said} for role, said in turns]
+    data = write_jsonl("d.jsonl", [{"messages": messages}])
+    (found,) = as_json(capsys, data, "--model", smollm2, "--every_turn")
+    (line,) = found["examples"][0]
+    trained = [one["text"] for one in line["segments"] if one["role"] == "trained"]
+    assert trained == ["Hi.", "<|im_end|>", "Bye", "<|im_end|>"]
+    assert "<|im_start|>user\nAhoj 😀 שלום<|im_end|>\n<|im_start|>assistant\nHi." in text(line)
+    assert {one["text"] for one in line["segments"] if one["special"]} == {
+        "<|im_start|>",
+        "<|im_end|>",
+    }
+
+
 def test_pairs_and_ranked_lists(capsys, tiny_model, write_jsonl):
     pairs = write_jsonl(
         "p.jsonl",
@@ -264,7 +280,13 @@ def test_tables_and_data_sets_are_previewed(capsys, tmp_path, tiny_model):
     )
     parquet.write_table(table, tmp_path / "d.parquet")
     datasets.Dataset(table).save_to_disk(tmp_path / "set")
-    for data, file in ((tmp_path / "d.parquet", "Parquet"), (f"hf:{tmp_path}/set", "a data set")):
+    (tmp_path / "files").mkdir()
+    parquet.write_table(table, tmp_path / "files" / "train.parquet")
+    for data, file in (
+        (tmp_path / "d.parquet", "Parquet"),
+        (f"hf:{tmp_path}/set", "a data set"),
+        (f"hf:{tmp_path}/files", "a data set"),
+    ):
         (found,) = as_json(
             capsys, data, "--map", "prompt=question", "--map", "completion=answer", "--rows", "1"
         )
