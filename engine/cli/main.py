@@ -419,6 +419,8 @@ def _hint(name: str, *, stage: str, known: Mapping[str, Any], dashes: str) -> st
     """Return a hint for an unknown name: its name here, the stages that have it, or one like it."""
     if name in known:
         return f", did you mean {dashes}{name}?"
+    if name.startswith("data."):
+        return f", which has no options of its own: {dashes}data FILE:prompt=COLUMN"
     affirmed = name.removeprefix("no_")
     if (
         affirmed != name

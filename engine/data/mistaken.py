@@ -16,6 +16,7 @@ def guess(path: Path) -> str:
     """Return what a file may be, and what to do; "" if nothing is to be seen."""
     head = _head(path, 4096)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = text.partition(b"\n")[0]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "the file is UTF-16; save it as UTF-8"
     if b"\0" in head:
@@ -23,8 +24,8 @@ def guess(path: Path) -> str:
     if text[:1] == b"<":
         return "the file is a web page (HTML or XML), perhaps that of a file: download the file"
     if text[:1] == b"{":
-        return _of_object(path) or _as_python(text)
-    if text[:1] not in (b"[", b'"', b"") and not _is_json(text.splitlines()[0]):
+        return _of_object(path) or ("" if _is_json(first) else _as_python(first))
+    if text[:1] not in (b"[", b'"', b"") and not _is_json(first):
         return (
             "the file is plain text, and a row of JSON lines is an object: "
             '{"text": ...} for a text to learn, {"prompt": ...} for a prompt. CSV is read from a '
@@ -69,13 +70,16 @@ def _of_object(path: Path) -> str:
 
 
 def _are_rows(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, dict) and "role" not in value for value in values)
+    """Whether a list may be rows; messages are not."""
+    return bool(values) and all(
+        isinstance(value, dict) and not {"role", "from"} & set(value) for value in values
+    )
 
 
-def _as_python(text: bytes) -> str:
+def _as_python(line: bytes) -> str:
     """Return that the first line is an object as Python prints it, if it is one."""
     with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        if isinstance(ast.literal_eval(text.splitlines()[0].decode()), dict):
+        if isinstance(ast.literal_eval(line.decode()), dict):
             return (
                 "the rows are written as Python prints them, and are not JSON; write them by "
                 "json.dumps"
