@@ -76,6 +76,19 @@ def as_shortage(error: BaseException, where: str = "") -> BaseException:
     )
 
 
+LFS = b"version https://git-lfs"  # how a file begins that stands for one in Git LFS
+
+
+def check_no_pointer(path: str | Path) -> None:
+    """Raise DataError if a file is not the one that was meant, but Git LFS's pointer to it."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise DataError(
+                f"{path}: is a pointer of Git LFS, which stands for the file; fetch the file with "
+                "git lfs pull, or download it from its page"
+            )
+
+
 def no_such(path: str | Path) -> str:
     """Return a message that says that a path does not exist, which part of it is missing first, and
     which existing name is similar."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fusedrl.engine.base.errors import ConfigError, SetupError, no_such
-from fusedrl.engine.cli.names import ELSEWHERE, known_elsewhere, nearest_names
+from fusedrl.engine.cli.names import ELSEWHERE, HOW, known_elsewhere, nearest_names
 
 FAILED, CONFIGURATION, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
@@ -56,7 +56,8 @@ def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
     """Return a hint at the known name that was probably meant: `name` is what another trainer calls
     it, or is spelled much like it. Return "" if there is no such name."""
     if (ours := known_elsewhere(name, known)) is not None:
-        return f", which is {dashes}{ours} here"
+        how = HOW.get(name.lower().replace("-", "_").rpartition(".")[2])
+        return f", which is {dashes}{ours} here" + (f" ({dashes}{ours} {how})" if how else "")
     if close := nearest_names(name, known):
         return f", did you mean {' or '.join(dashes + one for one in close)}?"
     theirs = [
@@ -111,11 +112,11 @@ def refuse_unknown(
         if name.startswith("--")
     }
     hint = nearest(first.lstrip("-").replace("-", "_"), known, "--")
+    option = first.startswith("-")
     raise ConfigError(
-        f"{prog.removeprefix('fusedrl ')}: unknown "
-        f"{'option' if first.startswith('-') else 'argument'} {first!r}{hint}; {prog} --help lists "
-        "what "
-        "there is"
+        f"{prog.removeprefix('fusedrl ')}: unknown {'option' if option else 'argument'} "
+        f"{first!r}{hint}{'' if option else '; a text with spaces stands in quotes'}; "
+        f"{prog} --help lists what there is"
     )
 
 
@@ -182,6 +183,18 @@ def report_json(found: Any, file: str | None, show: Callable[[], None]) -> None:
     show()
     if file is not None:
         Path(file).write_text(text + "\n", encoding="utf-8")
+
+
+def sampling_params(command: str, **options: Any) -> Any:
+    """Return SamplingParams of a command's options. Raise ConfigError, with the names of the
+    command line, if one is out of range."""
+    from fusedrl.engine.generation.sampler import SamplingParams
+
+    try:
+        return SamplingParams(**options)
+    except ValueError as error:
+        said = str(error).replace("SamplingParams: expected ", f"{command}: expected --", 1)
+        raise ConfigError(said) from error
 
 
 def count(text: str, least: int = 1) -> int:

@@ -9,6 +9,7 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli.common import (
     check_device,
     count,
+    sampling_params,
 )
 
 
@@ -79,9 +80,9 @@ def run_generate(options: argparse.Namespace) -> None:
     check_device(options.device)
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.data.tokenize import no_tokenizer
-    from fusedrl.engine.generation.sampler import SamplingParams
 
-    params = SamplingParams(
+    params = sampling_params(
+        "generate",
         max_new_tokens=options.max_new_tokens,
         temperature=0.0 if options.greedy else options.temperature,
         top_p=options.top_p,

@@ -23,9 +23,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
 from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped, UserError
+from fusedrl.engine.cli import data
 from fusedrl.engine.cli.bench import bench_options, run_bench
 from fusedrl.engine.cli.common import (
     CONFIGURATION,
@@ -52,6 +53,7 @@ from fusedrl.engine.cli.names import (
 )
 from fusedrl.engine.cli.values import keys_of, meant, parts_of, read_yaml
 from fusedrl.engine.cli.verify import verify_options
+from fusedrl.engine.cli.words import in_plain_words
 from fusedrl.engine.config import (
     DPOConfig,
     PolicyConfig,
@@ -90,13 +92,6 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title)
     for name, row in ALGORITHMS.items()
 }
-WORDS = {
-    "NoneType": "null",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a text",
-}  # for types
 _DASHES = "-\u2013\u2014"  # the longer ones come with text that was copied
 OPTIONAL = ("lora", "critic", "replay", "ptx", "evaluation")  # groups of options that may be null
 
@@ -202,6 +197,7 @@ def _parser() -> Parser:
         )
     )
     add_commands(commands)
+    data.add_commands(commands)
     verify_options(commands)
     demo = commands.add_parser(
         "demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False
@@ -344,7 +340,7 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
             )
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"config: {_plain(str(error), cls)}") from error
+        raise ConfigError(f"config: {in_plain_words(str(error), cls)}") from error
     # for an optional group, jsonargparse puts our own message among others
     except ValueError as error:
         ours = re.search(r"config: expected .*", str(error))
@@ -374,15 +370,18 @@ def _sort_options(
         elif (
             not equals
             and key[:1] not in _DASHES
-            and any(get_origin(part) is tuple for part in parts_of(known.get(before)))
+            and (
+                before.rpartition(".")[2] == "data"
+                or any(get_origin(part) is tuple for part in parts_of(known.get(before)))
+            )
         ):
+            several = "several are written with commas and without spaces, such as "
+            several += "a.jsonl,b.jsonl" if before.endswith("data") else "1,0.5"
+            if before in rewards:
+                several = f"write --{before} before each"
             raise ConfigError(
                 f"config: expected one value after --{before}, and got {argv[index]!r} behind it; "
-                + (
-                    f"write --{before} before each"
-                    if before in rewards
-                    else "several are written with commas and without spaces, such as 1,0.5"
-                )
+                f"{several}"
             )
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
@@ -405,7 +404,12 @@ def _sort_options(
                 )
             else:
                 given = meant(value, known[name])
-                options.append(f"--{name}={given if isinstance(given, str) else json.dumps(given)}")
+                if isinstance(given, str) and given[:1] in ("[", "{") and ".data" in name:
+                    group, _, own = name.rpartition(".")  # a text, which would be taken apart
+                    options.append(f"--config={json.dumps({group: {own: given}})}")
+                else:
+                    text = given if isinstance(given, str) else json.dumps(given)
+                    options.append(f"--{name}={text}")
         index += 1
     return files, options + [
         f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed
@@ -416,6 +420,8 @@ def _hint(name: str, *, stage: str, known: Mapping[str, Any], dashes: str) -> st
     """Return a hint for an unknown name: its name here, the stages that have it, or one like it."""
     if name in known:
         return f", did you mean {dashes}{name}?"
+    if name.startswith("data."):
+        return f", which has no options of its own: {dashes}data FILE:prompt=COLUMN"
     affirmed = name.removeprefix("no_")
     if (
         affirmed != name
@@ -442,67 +448,6 @@ def _is_list(text: str) -> bool:
         return isinstance(json.loads(text), list)
     except ValueError:
         return False
-
-
-def _plain(message: str, cls: type) -> str:
-    """Rewrite a message of jsonargparse on one line and in plain words, without Python's names of
-    types."""
-    message = " ".join(message.split()).replace("Parser key ", "")
-    message = re.sub(
-        r'"(\w+)": Does not validate against any of .*? class_path \S+ "([\w.]+)": (.*?) - '
-        r"(?i:expected) .*",
-        r'"\1.\2": \3',
-        message,
-    )
-    if union := re.search(
-        r'"([\w.]+)": Does not validate against any of .*? Given value: (.*)', message
-    ):
-        return f'"{union[1]}": expected {_expected(union[1], cls)}, got {union[2]}'
-    if group := re.search(r'"([\w.]+)": Unable to load config \'?"?(.*?)\'?"?( - .*|$)', message):
-        return f'"{group[1]}": expected {_expected(group[1], cls)}, got {group[2]}'
-    if lacking := re.search(r"the following arguments are required: (.*)", message):
-        *others, last = (f"--{name}" for name in lacking[1].split(", "))
-        return (
-            f"expected {', '.join(others)}{' and ' * bool(others)}{last}, which cannot be left out"
-        )
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(
-        r"Expected a typing\.Literal\[(.*?)\]",
-        lambda found: f"expected one of {found[1].replace(chr(39), '')}",
-        message,
-    )
-    message = message.replace("Expected a ", "expected ")
-    message = re.sub(
-        r"\. Got value:(?: (.*))?$", lambda found: f", got {found[1] or 'nothing'}", message
-    )
-    if listed := re.search(r'"([\w.]+)": expected tuple( with \d+ elements)?, got (.*)', message):
-        return (
-            f'"{listed[1]}": expected {_expected(listed[1], cls)}{listed[2] or ""}, got {listed[3]}'
-        )
-    return re.sub(
-        r": expected (\w+), got",
-        lambda found: f": expected {WORDS.get(found[1], found[1])}, got",
-        message,
-    )
-
-
-def _expected(key: str, cls: type) -> str:
-    """Describe in words which values a key accepts."""
-    words = []
-    for part in parts_of(dict(keys_of(cls))[key]):
-        if dataclasses.is_dataclass(part):
-            words.append(f"options of its own, such as --{key}.{dataclasses.fields(part)[0].name}")
-        elif get_origin(part) is tuple:
-            words.append(
-                "a list in brackets, such as [1,0.5]"
-                if float in get_args(part) or int in get_args(part)
-                else 'a list, such as ["a","b"]'
-            )
-        elif get_origin(part) is Literal:
-            words.append(f"one of {', '.join(map(str, get_args(part)))}")
-        else:
-            words.append(WORDS.get(part.__name__, part.__name__))
-    return " or ".join(words)
 
 
 # ---- plan ----------------------------------------------------------------------------------------

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fusedrl.engine.cli.common import Parser, check_device, output_file, report_json
+from fusedrl.engine.cli.common import (
+    Parser,
+    check_device,
+    count,
+    output_file,
+    report_json,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
@@ -24,7 +31,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     samples.add_argument("run", metavar="RUN", help="a run directory")
     samples.add_argument(
         "--columns",
-        type=int,
+        type=count,
         default=4,
         help="evaluations shown: first, last, and between (default: %(default)s)",
     )
@@ -106,11 +113,11 @@ def _judge(options: argparse.Namespace) -> None:
     from fusedrl.engine.base.ordering import shuffled
     from fusedrl.engine.config.base import require
     from fusedrl.engine.data.readers import load_prompts
-    from fusedrl.engine.generation.sampler import SamplingParams
     from fusedrl.engine.watch.judge import Pairs, judge_pairs, load_judge, report_table
 
     require(options.prompts >= 0, "--prompts", ">= 0", options.prompts)
-    params = SamplingParams(
+    params = sampling_params(
+        "judge",
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         n=options.n,
@@ -130,13 +137,13 @@ def _judge(options: argparse.Namespace) -> None:
         examples[index]
         for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
     ]
-    count = len(examples)
+    number_of = len(examples)
     # request ids that differ, so that samples differ even if both models are the same
     (prompt_ids, a), (_, b) = (
-        _answers(actor, examples, params, range(number * count, (number + 1) * count))
+        _answers(actor, examples, params, range(number * number_of, (number + 1) * number_of))
         for number, actor in enumerate(actors)
     )
-    owners = [index for index in range(count) for _ in range(options.n)]
+    owners = [index for index in range(number_of) for _ in range(options.n)]
     columns = {
         name: [examples[index].columns[name] for index in owners] for name in examples[0].columns
     }

@@ -18,6 +18,12 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "data.val_files": ("evaluation.data",),
     "eval_dataset": ("evaluation.data",),
     "train_file": ("data",),
+    "dataset_config": ("data",),
+    "dataset_train_split": ("data",),
+    "dataset_split": ("data",),
+    "input_key": ("data",),
+    "column_map": ("data",),
+    "prompt_key": ("data",),
     "torch_dtype": ("dtype",),
     "bf16": ("dtype",),
     "use_cpu": ("device",),
@@ -178,6 +184,16 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "eval_steps": ("evaluation.every", "eval_every"),
     "test_freq": ("evaluation.every", "eval_every"),
     "disable_tqdm": ("run.progress",),
+}
+# how some of them are written here, which the name alone does not say
+HOW = {
+    "input_key": "FILE:prompt=COLUMN",
+    "prompt_key": "FILE:prompt=COLUMN",
+    "column_map": "FILE:prompt=COLUMN",
+    "dataset_config": "hf:ID:SPLIT:config=NAME",
+    "dataset_train_split": "hf:ID:SPLIT",
+    "dataset_split": "hf:ID:SPLIT",
+    "dataset_name": "hf:ID, or a file",
 }
 # What is nearest, in a stage that has it not, to an option of other stages: sft, reward and dpo
 # count epochs.

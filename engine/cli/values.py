@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fusedrl.engine.base.errors import ConfigError, no_such
+from fusedrl.engine.config.base import data_text
 
 _BOOLEANS = {
     "true": True,
@@ -101,13 +102,17 @@ def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -
             if name not in known:
                 raise ConfigError(f"{path}: unknown key {f'{prefix}{key}'!r}{hint(name)}")
             value = meant(value, known[name])
+            if name.rpartition(".")[2] == "data" and isinstance(value, dict | list):
+                value = data_text(value)
             if group_of(known[name]) is not None and not (
                 value is None and type(None) in parts_of(known[name])
             ):
                 if not isinstance(value, dict):
+                    first = next(key for key in known if key.startswith(f"{name}."))
+                    example = f"{name}: {{{first.rpartition('.')[2]}: ...}}"
                     raise ConfigError(
                         f"{path}: expected {name!r} to be a mapping of options, got "
-                        f"{type(value).__name__}"
+                        f"{type(value).__name__}; its options stand below it, such as {example}"
                     )
                 value = read(value, f"{name}.")
             if (own := name.removeprefix(prefix)) in found:
@@ -143,14 +148,24 @@ def _tree(path: str) -> dict[Any, Any]:
         mark = getattr(error, "problem_mark", None)
         what = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ConfigError(
-            f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: {what}"
+            f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: {what}{_hint(what)}"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: expected a mapping of options to values, got "
-            f"{'an empty file' if tree is None else type(tree).__name__}"
+            f"{'an empty file' if tree is None else type(tree).__name__}; options are written "
+            "key: value, one a line"
         )
     return tree
+
+
+def _hint(problem: str) -> str:
+    """Return what to do about some mistakes in YAML."""
+    if "'\\t'" in problem:
+        return "; lines are indented with spaces, not with tabs"
+    if "mapping values are not allowed" in problem:
+        return "; a value that holds a colon and a space stands in quotes"
+    return ""
 
 
 def _check_once(path: str, node: Any) -> None:

@@ -4,10 +4,13 @@ completions."""
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
+from os import PathLike
 from typing import Any, Literal
 
 from fusedrl.engine.base.errors import ConfigError
@@ -16,7 +19,20 @@ from fusedrl.engine.base.errors import ConfigError
 def require(condition: bool, where: str, expected: str, found: object) -> None:
     """Raise ConfigError unless the condition holds."""
     if not condition:
-        raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
+        raise ConfigError(f"config: expected {where} {expected}, got {_short(found)}")
+
+
+def _short(found: object) -> str:
+    """Return a value as a message shows it; of a group of options those that are not the usual
+    ones."""
+    if not is_dataclass(found) or isinstance(found, type):
+        return repr(found)
+    changed = [
+        f"{one.name} = {getattr(found, one.name)!r}"
+        for one in fields(found)
+        if getattr(found, one.name) != one.default and not is_dataclass(getattr(found, one.name))
+    ]
+    return ", ".join(changed) or "its usual options"
 
 
 def check(config: Any, group: str, *rows: tuple[Any, ...]) -> None:
@@ -32,6 +48,42 @@ def check(config: Any, group: str, *rows: tuple[Any, ...]) -> None:
     for field_, condition, expected, *found in rows:
         where = ".".join(name for name in (group, field_) if name)
         require(condition, where, expected, found[0] if found else attrgetter(field_)(config))
+
+
+def settle_data(config: Any) -> None:
+    """Write `config.data` as one text. A path, a mapping (such as {"path": FILE, "columns":
+    {"prompt": "question"}}), a source and a list of these become JSON."""
+    data = config.data
+    if not isinstance(data, str):
+        object.__setattr__(config, "data", data_text(data))
+
+
+def data_text(data: Any) -> str:
+    """Return as one text what a data option was given from Python or YAML.
+
+    Raises:
+        ConfigError: it is neither a path, a mapping nor a list.
+    """
+    if isinstance(data, str | PathLike):
+        return str(data)
+    return "" if not data else json.dumps(_data_json(data))
+
+
+def _data_json(data: Any) -> Any:
+    if is_dataclass(data) and not isinstance(data, type):
+        data = {key: value for key, value in vars(data).items() if value not in (None, {})}
+    if isinstance(data, str | PathLike):
+        return str(data)
+    if isinstance(data, Mapping):
+        return {str(key): _plain_value(value) for key, value in data.items()}
+    require(isinstance(data, list | tuple), "data", "a file, a mapping or a list of these", data)
+    return [_data_json(entry) for entry in data]
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): one if one is None else str(one) for key, one in value.items()}
+    return value if isinstance(value, str | int | float | list | tuple | None) else str(value)
 
 
 def check_values(config: StageConfig) -> None:
@@ -299,7 +351,8 @@ class StageConfig:
 
     Args:
         model: directory or id of the model to train.
-        data: JSONL file (.gz too).
+        data: JSON lines, CSV (.gz too), Parquet, Arrow, or hf:ID:SPLIT; A@2,B@1 mixes several by
+            weight, FILE:prompt=question reads the column "question" as "prompt" (docs/guide.md).
         tokens_per_microbatch: tokens of one forward and backward.
         checkpoint_activations: keep only the layers' inputs, and compute the rest again in the
             backward pass. This saves memory and costs one more forward.
@@ -329,6 +382,7 @@ class StageConfig:
 
     def check_stage(self) -> None:
         """Raise ConfigError unless the options of every stage are in range."""
+        settle_data(self)
         check_values(self)
         check(self, "", ("tokens_per_microbatch", self.tokens_per_microbatch >= 1, ">= 1"))
 
@@ -415,7 +469,7 @@ class SamplingConfig:
             (
                 "reward_weights",
                 self.reward_weights is None or len(self.reward_weights) == rewards,
-                f"{rewards} numbers, one per reward",
+                f"with as many numbers as there are rewards, {rewards}",
             ),
             (
                 "max_prompt_length",

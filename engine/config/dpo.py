@@ -23,9 +23,9 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.
-        data: JSONL file (.gz too) of preference pairs: {"prompt", "chosen", "rejected"} or implicit
-            {"chosen", "rejected"} such as HH-RLHF. A tie (WebGPT) is a pair with label 0.5; a
-            "margin" field is the number that beta h should exceed (Amini et al., 2024).
+        data: a file or hf:ID (docs/guide.md) of preference pairs: {"prompt", "chosen", "rejected"}
+            or implicit {"chosen", "rejected"} such as HH-RLHF. A tie (WebGPT) is a pair with label
+            0.5; a "margin" field is the number that beta h should exceed (Amini et al., 2024).
         loss: sigmoid; ipo (of sums, as Azar et al. define it; TRL divides by lengths); hinge (that
             of RSO, or of SLiC with a reference); or robust (unbiased if the share of wrong labels
             is known to be label_smoothing).

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fusedrl.engine.config.base import check, require
+from fusedrl.engine.config.base import check, require, settle_data
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class EvaluationConfig:
     show: int = 4
 
     def __post_init__(self) -> None:
+        settle_data(self)
         require(bool(self.data), "evaluation.data", "a file of held-out prompts", self.data)
         for name, least in (("every", 1), ("prompts", 0), ("samples_per_prompt", 1), ("show", 0)):
             require(

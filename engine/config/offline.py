@@ -15,8 +15,8 @@ class SFTConfig(StageConfig, GivenTextsConfig):
 
     Args:
         model: directory or id of the model to train.
-        data: JSONL file (.gz too): {"prompt", "completion"}, {"text"}, {"messages"}, or preference
-            pairs, whose chosen answers are used.
+        data: a file or hf:ID (docs/guide.md): {"prompt", "completion"}, {"text"}, {"messages"}, or
+            preference pairs, whose chosen answers are used.
         eval_fraction: part of the data held out; its loss is reported after the last step.
         eval_every: also report the loss before the first step and every so many steps; 0 reports it
             at the end only.
@@ -60,10 +60,10 @@ class RewardModelConfig(StageConfig, GivenTextsConfig):
 
     Args:
         model: directory or id of the language model whose trunk is used (an SFT model, usually).
-        data: JSONL file (.gz too) of preference pairs: {"prompt", "chosen", "rejected"} or implicit
-            {"chosen", "rejected"} such as HH-RLHF, with a "margin" if there is one; or of ranked
-            lists: {"prompt", "completions", "ranks"}, where rank 1 is best. All pairs of a list are
-            learned together, as one example.
+        data: a file or hf:ID (docs/guide.md) of preference pairs: {"prompt", "chosen", "rejected"}
+            or implicit {"chosen", "rejected"} such as HH-RLHF, with a "margin" if there is one; or
+            of ranked lists: {"prompt", "completions", "ranks"}, where rank 1 is best. All pairs of
+            a list are learned together, as one example.
         eval_fraction: part of the examples held out for the report.
         by_prompt: hold out all rows of a prompt together, and count each prompt once in the report.
             Use it for files with several rows per prompt (SHP, summaries): otherwise the accuracy

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fusedrl.engine.config.algorithms import Algorithm
-from fusedrl.engine.config.base import OptimConfig, check, either
+from fusedrl.engine.config.base import OptimConfig, check, either, settle_data
 
 # default of a field that takes the algorithm's value if it is not set
 OF_ALGORITHM: Any = None
@@ -295,7 +295,7 @@ class PtxConfig:
     (Ouyang et al., 2022, eq. 2).
 
     Args:
-        data: files as for sft: JSONL with {"text"}, which is learned whole, {"prompt",
+        data: files as for sft, with {"text"}, which is learned whole, {"prompt",
             "completion"}, ...; several files are mixed by weight.
         coef: weight of the cross-entropy (nats per token) in the loss; 0 adds nothing.
             InstructGPT's 27.8 belongs to a policy loss of a different scale; watch loss/ptx.
@@ -313,6 +313,7 @@ class PtxConfig:
     learn_prompts: bool = False
 
     def __post_init__(self) -> None:
+        settle_data(self)
         check(
             self,
             "ptx",

@@ -140,8 +140,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.
-        data: JSONL file (.gz too) with a "prompt" field in each row, or preference pairs, whose
-            common prefix is the prompt.
+        data: a file or hf:ID (docs/guide.md) with a "prompt" field in each row, or preference
+            pairs, whose common prefix is the prompt.
         algorithm: name of an algorithm in algorithms.py: ppo, grpo, rloo, ...
         monitor_reward: rewards that are measured at every step but never trained on; reported as
             gold/<name>/mean.

@@ -18,8 +18,8 @@ class RejectionConfig(StageConfig, SamplingConfig):
 
     Args:
         model: directory or id of the policy to train.
-        data: JSONL file (.gz too) with a "prompt" field in each row, or preference pairs, whose
-            common prefix is the prompt.
+        data: a file or hf:ID (docs/guide.md) with a "prompt" field in each row, or preference
+            pairs, whose common prefix is the prompt.
         steps: rounds of sampling, each followed by epochs x minibatches optimizer steps.
         samples_per_prompt: completions of each prompt, from which the best are kept.
         keep: largest number of completions of a prompt that are kept, best first; of equal scores

@@ -293,7 +293,8 @@ def gold(row: Row) -> str:
         return gold_number(get.text(row, "answer"))
     except ValueError as error:
         raise BadRow(
-            f'{error} as in GSM8K; write other questions as {{"prompt", "completion"}}'
+            f"{error} as in GSM8K; other questions are read with "
+            ":prompt=question:completion=answer behind the name of the file"
         ) from error
 
 

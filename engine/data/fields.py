@@ -97,8 +97,15 @@ def messages(row: Row, name: str) -> Messages:
             or not isinstance(message.get("role"), str)
             or not (calls or isinstance(message.get("content"), str))
         ):
+            theirs = isinstance(message, dict) and {"from", "value"} <= set(message)
             raise BadRow(
                 f'expected "{name}"[{index}] to be a message {{"role": string, "content": string}}'
+                + (
+                    ', got {"from", "value"} as ShareGPT writes it: write human as user, gpt as '
+                    "assistant"
+                    if theirs
+                    else ""
+                )
             )
     return found
 

@@ -14,6 +14,7 @@ Sources  HH-RLHF and its red-team file: Bai et al. (2022), Ganguli et al. (2022)
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,36 +247,75 @@ def named(name: str) -> Format:
     return FORMATS[name]
 
 
-def detect(row: Row, kind: type) -> Format | None:
+def detect(row: Row, kind: type | None) -> Format | None:
     """Return the first format that fits the row and holds records of this kind. If there is none,
-    return the first that fits, so that the error can name it."""
+    or no kind is asked for, return the first that fits, so that the error can name it."""
     fitting = [entry for entry in FORMATS.values() if entry.matches(row)]
     return next(
         (entry for entry in fitting if kind in entry.reads), fitting[0] if fitting else None
     )
 
 
-def _nearest(row: Row, kind: type) -> str:
-    """Return the format of such records whose columns are nearest to the row's, and the columns
-    that the row lacks."""
+def _nearest(row: Row, kind: type | None) -> str:
+    """Return the format of such records, or of any, whose columns are nearest to the row's, and the
+    columns that the row lacks."""
+
+    def alike(name: str, found: str) -> float:
+        if found.lower() in _LIKELY.get(name, ()):
+            return 0.9
+        return difflib.SequenceMatcher(None, name, found).ratio()
 
     def nearness(entry: Format) -> float:
-        return sum(
-            max((difflib.SequenceMatcher(None, name, found).ratio() for found in row), default=0.0)
-            for name in entry.columns
-        ) / len(entry.columns)
+        found = [max((alike(name, one) for one in row), default=0.0) for name in entry.columns]
+        return sum(found) / len(found) + (_USUAL if entry.name == _PLAIN.get(kind) else 0.0)
 
     # the first of the best
-    nearest = max((entry for entry in FORMATS.values() if kind in entry.reads), key=nearness)
-    lacking = [f'"{name}"' for name in nearest.columns if name not in row]
-    return f"found {', '.join(map(repr, row)) or 'none'}; nearest is {nearest.name}" + (
-        f", which needs {' and '.join(lacking)} too" if lacking else ""
+    candidates = (entry for entry in FORMATS.values() if kind is None or kind in entry.reads)
+    nearest = max(candidates, key=nearness)
+    lacking = [name for name in nearest.columns if name not in row]
+    found = f"found {', '.join(map(repr, row)) or 'none'}; nearest is {nearest.name}"
+    if not lacking:
+        return found
+    return (
+        f"{found}, which needs {' and '.join(map(json.dumps, lacking))} too"
+        f"{_other_name(lacking[0], [name for name in row if name not in nearest.columns])}"
     )
 
 
-def unknown_columns(row: Row, kind: type) -> str:
+_PLAIN: dict[type | None, str] = {  # what most rows are whose columns have other names
+    None: "prompt-completion",
+    Demonstration: "prompt-completion",
+    PairExample: "preference",
+    PromptExample: "prompt",
+}
+_USUAL = 0.2
+_LIKELY = {
+    "prompt": ("question", "query", "instruction", "input", "problem", "prompts"),
+    "completion": ("answer", "response", "output", "solution", "target", "completions"),
+    "chosen": ("better", "preferred", "accepted", "winner", "response_chosen"),
+    "rejected": ("worse", "dispreferred", "loser", "response_rejected"),
+    "messages": ("conversations", "conversation", "chat", "dialog", "dialogue"),
+    "text": ("content", "story", "document", "passage"),
+}
+
+
+def _other_name(lacking: str, others: list[str]) -> str:
+    """Return how to tell which of the other columns is the one that is lacking."""
+    if not others:
+        return ""
+    likely = [name for name in others if name.lower() in _LIKELY.get(lacking, ())]
+    ours = {name for entry in FORMATS.values() for name in entry.columns}
+    strange = [name for name in others if name not in ours]  # of the others the meaning is known
+    near = likely or difflib.get_close_matches(lacking, strange, 1)
+    if not near:
+        return f"; a column under another name is told by FILE:{lacking}=NAME"
+    return f'; if "{near[0]}" holds it, add :{lacking}={near[0]} behind the name of the file'
+
+
+def unknown_columns(row: Row, kind: type | None) -> str:
     """Return the reason why no format fits: the columns found, and the nearest format."""
-    return f"no format of {NOUNS[kind]} has these columns: {_nearest(row, kind)}"
+    of = "" if kind is None else f" of {NOUNS[kind]}"
+    return f"no format{of} has these columns: {_nearest(row, kind)}"
 
 
 def check_use(entry: Format, kind: type, row: Row, where: str) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
-
-from fusedrl.engine.base.errors import DataError, no_such
+from typing import Any, NamedTuple, NoReturn
 
 Row = dict[str, Any]
 TURNS = "turns"  # the column of a row that is a list itself, as in MOSS-RLHF's files
@@ -30,52 +27,20 @@ class Dropped(Exception):
     errors."""
 
 
-_TABLES = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".xlsx": "excel",
-    ".xls": "excel",
-    ".arrow": "feather",
-    ".feather": "feather",
-}
-_MAGIC = {b"PAR1": "parquet", b"ARRO": "feather", b"PK\x03\x04": "excel"}
+class RowRead(NamedTuple):
+    """A row of a source as it was read.
 
+    Attributes:
+        number: its line in a file of text, else its place among the rows, from 1.
+        row: its columns; empty if the row cannot be read.
+        raw: its bytes, for the file of rejects; empty where a row has none of its own.
+        fault: reason why it cannot be read, or "".
+    """
 
-def check_data_file(path: Path) -> None:
-    """Raise an error unless the path is a regular file that can be read. Raise FileNotFoundError if
-    there is no such file; the message notes if the path looks like the name of a data set in a hub.
-    Raise DataError for a directory, a special file, or a table (with the command that converts it
-    to JSONL)."""
-    if not path.exists():
-        if path.suffix in ("", ".git") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
-            raise FileNotFoundError(
-                f"{path} is no file here; if it is a data set of a hub, save it as JSONL and name "
-                "that file: with the package "
-                f"datasets, load_dataset({str(path)!r}, split='train').to_json('train.jsonl')"
-            )
-        raise FileNotFoundError(f"no such data file: {no_such(path)}")
-    if not path.is_file():
-        raise DataError(
-            f"{path}: expected a JSONL file, got a "
-            f"{'directory' if path.is_dir() else 'special file'}"
-            + ("; name the file in it" if path.is_dir() else "")
-        )
-    with open(path, "rb") as file:
-        kind = _MAGIC.get(file.read(4)) or _TABLES.get(
-            Path(path.name.removesuffix(".gz")).suffix.lower()
-        )
-    if kind is not None:
-        reader = {
-            "csv": f"read_csv({path.name!r}{', sep=chr(9)' if '.tsv' in path.name else ''})"
-        }.get(kind, f"read_{kind}({path.name!r})")
-        name = {"csv": "a CSV", "parquet": "a Parquet", "excel": "an Excel", "feather": "an Arrow"}[
-            kind
-        ]
-        raise DataError(
-            f"{path}: expected JSONL, got {name} file; convert it, for instance by pandas: {reader}"
-            f".to_json('{path.name.split('.')[0]}.jsonl', orient='records', lines=True)"
-        )
+    number: int
+    row: Row
+    raw: bytes
+    fault: str
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -83,9 +48,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: the path is not a regular file, or is a Parquet file.
     """
-    check_data_file(path)
     number = 0
     with open(path, "rb") as plain:
         magic = plain.read(4)

@@ -1,11 +1,5 @@
-"""Readers of data files, which return records. A file's format is detected from its first rows, or
-named by hand; `formats.FORMATS` lists the formats.
-
-    FILE                       JSONL, or one JSON list of rows; .gz too
-    FORMAT:FILE                the same, of this format: shp:train.jsonl
-    FORMAT/TEMPLATE:FILE       with another prompt template than the format's own:
-                               gsm8k/chat:train.jsonl
-    A@2,B@1                    several files; see mixture.py for what the weights do
+"""Readers of data, which return records. A source's format is detected from its first rows, or
+named by hand; `formats.FORMATS` lists the formats, and sources.py says how sources are named.
 
 A bad line is reported and never repaired. The bad lines of all files are collected first and
 reported together as `file:line: reason`, before any work on the device. On request, they are
@@ -16,18 +10,18 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.convert import Reading, ReadOptions
+from fusedrl.engine.data.delimited import NO_HEADER, other_separator
 from fusedrl.engine.data.formats import (
+    Format,
     check_row,
     check_use,
     detect,
@@ -35,7 +29,8 @@ from fusedrl.engine.data.formats import (
     template_of,
     unknown_columns,
 )
-from fusedrl.engine.data.lines import BadRow, Dropped, parse_row, read_lines
+from fusedrl.engine.data.lines import BadRow, Dropped, Row, RowRead
+from fusedrl.engine.data.mistaken import guess
 from fusedrl.engine.data.records import (
     Demonstration,
     Dialogue,
@@ -47,8 +42,11 @@ from fusedrl.engine.data.records import (
     StepExample,
     UnpairedExample,
 )
+from fusedrl.engine.data.rows import EXPECTED, kind_of, read_rows
+from fusedrl.engine.data.sources import Data, Source, parse_data
 
 __all__ = [
+    "Data",
     "Demonstration",
     "Dialogue",
     "PairExample",
@@ -76,79 +74,6 @@ _log = logging.getLogger(__name__)
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 SHOWN = 20
-
-
-# ---- what to read --------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Source:
-    """One file, with its weight in a mixture, and its format and prompt template if they were named
-    (None: to be detected)."""
-
-    path: str
-    format: str | None = None
-    template: str | None = None
-    weight: float | None = None
-
-
-Data = str | Path | Source | Sequence[str | Path | Source]
-_ADDRESS = re.compile(
-    r"\b([a-z][a-z0-9+.-]*)://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)/?(?!\S)|\S)*"
-)
-_FORMAT = re.compile(r"(?P<format>[a-z][a-z0-9-]*)(/(?P<template>[a-z]+))?:(?P<rest>.+)", re.DOTALL)
-
-
-def parse_data(data: Data) -> list[Source]:
-    """Return the files that a --data option names, as described at the top of this file. If a file
-    exists under the option's whole text, it is that file.
-
-    Raises:
-        DataError: a format or template is unknown, or a weight is not a positive number.
-    """
-    if isinstance(data, Source):
-        return [data]
-    if not isinstance(data, str | Path):
-        sources = [source for entry in data for source in parse_data(entry)]
-        if not sources:
-            raise DataError("data: expected at least one file, got none")
-        return sources
-    if Path(data).exists():
-        return [Source(str(data))]
-    return [_source(entry.strip()) for entry in str(data).split(",")]
-
-
-def _source(entry: str) -> Source:
-    if not entry:
-        raise DataError("data: expected a file, got an empty name")
-    if address := _ADDRESS.search(entry):
-        how = (
-            f"the package datasets, load_dataset({address[2]!r}, "
-            "split='train').to_json('train.jsonl')"
-            if address[2]
-            else f"curl -LO {address[0]}"
-            if address[1] in ("http", "https", "ftp")
-            else f"the tool that {address[1]}:// belongs to"
-        )
-        raise DataError(
-            f"data: expected a file, got the address {address[0]!r}. Nothing is downloaded here: "
-            f"fetch it with {how}; then name the file."
-        )
-    match = None if Path(entry).exists() else _FORMAT.fullmatch(entry)
-    name, style, rest = match.group("format", "template", "rest") if match else (None, None, entry)
-    if name is not None:
-        template_of(named(name), style)
-    path, at, weight = rest.rpartition("@")
-    if not at or Path(rest).exists():
-        return Source(rest, name, style)
-    try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    if not path or not 0 < number < math.inf:
-        raise DataError(
-            f"data: expected a file and a positive number behind the @ of {entry!r}, got "
-            f"{weight!r}; and no file has that name"
-        )
-    return Source(path, name, style, number)
 
 
 # ---- the readers ---------------------------------------------------------------------------------
@@ -275,99 +200,175 @@ def _warn(data: Data, dropped: dict[str, int]) -> None:
 
 
 def _paths(data: Data) -> str:
-    return ", ".join(source.path for source in parse_data(data))
+    return ", ".join(source.name for source in parse_data(data))
 
 
-# ---- one pass over the files ---------------------------------------------------------------------
+# ---- one pass over the sources -------------------------------------------------------------------
 @dataclass
-class _Found:
-    """Records, bad lines and dropped rows of one file or several."""
+class Found:
+    """Records of one source or several, and what became of the other rows.
+
+    Attributes:
+        items: records.
+        dropped: reason -> number of well-formed rows that hold no record.
+        bad: (source, line or row, reason, bytes) of each row that cannot be used.
+        rows: number of rows that were read.
+        format: format of the source; None if no row has one.
+        kind: type of the records.
+        columns: names of the columns of the first row that can be read.
+        reading: template of the source, and what its format counts.
+    """
 
     items: list[Any] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    bad: list[tuple[Path, int, str, bytes]] = field(default_factory=list)
+    bad: list[tuple[str, int, str, bytes]] = field(default_factory=list)
+    rows: int = 0
+    format: Format | None = None
+    kind: type | None = None
+    columns: tuple[str, ...] = ()
+    reading: Reading | None = None
 
 
 def _load(
     data: Data, kind: type[T], skip: bool, rejects: str | Path | None, options: ReadOptions | None
 ) -> tuple[list[T], dict[str, int]]:
-    total, sources = _Found(), parse_data(data)
+    total, sources = Found(), parse_data(data)
     if len(sources) > 1 and any(source.weight is not None for source in sources):
         raise DataError(
             f"{_paths(data)}: expected files without weights here, where they are read one behind "
             "the other; `mixture.mix` is what follows weights"
         )
     for source in sources:
-        found = _read(source, kind, options or ReadOptions())
-        if not found.items and (skip or not found.bad):
-            why = [f"{len(found.bad)} bad, the first: {found.bad[0][2]}"] if found.bad else []
-            why += [f"{count} dropped: {name}" for name, count in found.dropped.items()]
-            raise DataError(
-                f"{source.path}: no usable row ({'; '.join(why) or 'the file is empty'}); expected "
-                "one JSON object per line"
-            )
+        found = read_source(source, kind, options or ReadOptions())
+        if not found.items and (skip or not found.bad or _mistaken(source, found)):
+            raise nothing_usable(source, found)
         total.items += found.items
         total.dropped += found.dropped
         total.bad += found.bad
     if total.bad and not skip:
-        shown = "\n".join(
-            f"{path}:{number}: {reason}" for path, number, reason, _ in total.bad[:SHOWN]
-        )
-        more = f"\n... and {len(total.bad) - SHOWN} more" if len(total.bad) > SHOWN else ""
         raise DataError(
-            f"{shown}{more}\n{len(total.bad)} bad line{'s'[: len(total.bad) != 1]}, "
+            "\n".join(described(total.bad))
+            + f"\n{len(total.bad)} bad line{'s'[: len(total.bad) != 1]}, "
             f"{len(total.items)} good; mend the file, or set skip_bad_lines"
         )
     if total.bad and rejects is not None:
-        _write_rejects(Path(rejects), total.bad, {str(Path(source.path)) for source in sources})
+        _write_rejects(Path(rejects), total.bad, {source.name for source in sources})
         _log.warning(
             "%s: %d bad lines left out; they are in %s", _paths(data), len(total.bad), rejects
         )
     return total.items, dict(total.dropped)
 
 
-def _read(source: Source, kind: type, options: ReadOptions) -> _Found:
-    path, found = Path(source.path), _Found()
-    entry = named(source.format) if source.format is not None else None
-    reading: Reading | None = None
-    for number, raw, fault in read_lines(path):
+def _mistaken(source: Source, found: Found) -> str:
+    """Return what a source without a row of any format may be instead of JSON lines; "" if nothing
+    is to be seen."""
+    if not found.bad or found.format is not None or kind_of(source) != "json":
+        return ""
+    return guess(Path(source.path))
+
+
+def nothing_usable(source: Source, found: Found) -> DataError:
+    """Return the error for a source without a record; it says what became of its rows."""
+    if what := _mistaken(source, found):
+        return DataError(f"{source.name}: no usable row; {what}")
+    why = [f"{len(found.bad)} bad, the first: {found.bad[0][2]}"] if found.bad else []
+    why += [f"{count} dropped: {name}" for name, count in found.dropped.items()]
+    expected = f"; expected {EXPECTED[kind_of(source)]}" if not found.dropped else ""
+    return DataError(
+        f"{source.name}: no usable row ({'; '.join(why) or 'the file is empty'}){expected}"
+    )
+
+
+def described(bad: Sequence[tuple[str, int, str, bytes]]) -> Iterator[str]:
+    """Yield `source:line: reason` for bad rows, one line for all rows of a source with the same
+    reason; of many lines the first."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for name, number, reason, _ in bad:
+        alike.setdefault((name, reason), []).append(number)
+    for (name, reason), numbers in list(alike.items())[:SHOWN]:
+        others = ", ".join(map(str, numbers[1:SHOWN])) + ", ..." * (len(numbers) > SHOWN)
+        more = f" (as in {len(numbers) - 1} more: {others})" if len(numbers) > 1 else ""
+        yield f"{name}:{numbers[0]}: {reason}{more}"
+    if len(alike) > SHOWN:
+        yield f"... and {sum(map(len, list(alike.values())[SHOWN:]))} more"
+
+
+def read_source(
+    source: Source,
+    kind: type | None,
+    options: ReadOptions,
+    *,
+    most: int | None = None,
+    streaming: bool = False,
+) -> Found:
+    """Read one source.
+
+    Args:
+        kind: type of the records; None takes the first that the source's format holds.
+        most: largest number of rows to read; None reads all.
+        streaming: fetch a data set of the hub row by row.
+    Raises:
+        DataError: the format holds no such records, or the source cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    found = Found(kind=kind)
+    found.format = named(source.format) if source.format is not None else None
+    for one in islice(read_rows(source, streaming=streaming), most):
+        found.rows += 1
         try:
-            if fault:
-                raise BadRow(fault)
-            row = parse_row(raw)
-            entry = entry or detect(row, kind)
-            if entry is None:
-                raise BadRow(unknown_columns(row, kind))
-            if reading is None:  # the first row of a format that is known
-                check_use(entry, kind, row, str(path))
-                reading = Reading(options, template_of(entry, source.template))
-                if entry.caveat and kind is Demonstration:
-                    _log.warning("%s: %s", path, entry.caveat)
-            check_row(entry, row)
-            example = entry.reads[kind](row, reading)
-            found.items += example if isinstance(example, list) else [example]
+            found.items += _records(one, source, found, options)
         except BadRow as reason:
-            found.bad.append((path, number, str(reason), raw))
+            raw = one.raw or json.dumps(one.row).encode()
+            found.bad.append((source.name, one.number, str(reason), raw))
         except Dropped as reason:
             found.dropped[str(reason)] += 1
     return found
 
 
-def _write_rejects(rejects: Path, bad: list[tuple[Path, int, str, bytes]], paths: set[str]) -> None:
+def _records(one: RowRead, source: Source, found: Found, options: ReadOptions) -> list[Any]:
+    """Return the records of a row. The first row with a known format settles the format, the kind
+    and the template of the source."""
+    if one.fault:
+        raise BadRow(one.fault)
+    row = one.row
+    found.columns = found.columns or tuple(row)
+    entry = found.format = found.format or detect(row, found.kind)
+    if entry is None:
+        raise BadRow(_unknown(row, source, found.kind))
+    kind = found.kind = found.kind or next(iter(entry.reads))
+    if found.reading is None:
+        check_use(entry, kind, row, source.name)
+        found.reading = Reading(options, template_of(entry, source.template))
+        if entry.caveat and kind is Demonstration:
+            _log.warning("%s: %s", source.name, entry.caveat)
+    check_row(entry, row)
+    example = entry.reads[kind](row, found.reading)
+    return example if isinstance(example, list) else [example]
+
+
+def _unknown(row: Row, source: Source, kind: type | None) -> str:
+    """Return the reason why no format has a row's columns."""
+    if kind_of(source) != "csv":
+        return unknown_columns(row, kind)
+    wrong = other_separator(list(row), source.separator)
+    return wrong or unknown_columns(row, kind) + NO_HEADER * (source.header is None)
+
+
+def _write_rejects(rejects: Path, bad: list[tuple[str, int, str, bytes]], names: set[str]) -> None:
     """Write the bad lines to the rejects file. Replace those that an earlier reading of the same
-    files left there; keep the rest."""
+    sources left there; keep the rest."""
     rejects.parent.mkdir(parents=True, exist_ok=True)
     old = rejects.read_text(encoding="utf-8").splitlines() if rejects.exists() else []
-    kept = [line for line in old if json.loads(line)["file"] not in paths]
+    kept = [line for line in old if json.loads(line)["file"] not in names]
     new = (
         json.dumps(
             {
-                "file": str(path),
+                "file": name,
                 "line": number,
                 "reason": reason,
                 "raw": raw.decode("utf-8", "backslashreplace"),
             }
         )
-        for path, number, reason, raw in bad
+        for name, number, reason, raw in bad
     )
     rejects.write_text("".join(f"{line}\n" for line in chain(kept, new)), encoding="utf-8")

@@ -309,7 +309,8 @@ def drop_longer(
         shortest = min(length(item) for item in items)
         raise DataError(
             f"all {len(items)} examples are longer than {limit} tokens (the shortest has "
-            f"{shortest}); raise the limit, or shorten them"
+            f"{shortest}); raise the limit (max_length, or max_prompt_length of "
+            "prompts; the model's positions are the most), or shorten them"
         )
     return kept, Dropped(len(items) - len(kept), len(items), limit)
 

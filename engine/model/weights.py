@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusedrl.engine.base.errors import check_no_pointer
 from fusedrl.engine.model.configuration import ModelConfig, model_config, read_json
 from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.directories import (
@@ -440,7 +441,10 @@ def load_tensors(
         shown = "\n  ".join(problems[:20]) + (
             f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         )
-        raise ValueError(f"{directory}: the tensors do not fit its config.json:\n  {shown}")
+        raise ValueError(
+            f"{directory}: the tensors do not fit its config.json, which is of another model or "
+            f"was changed; copy or download both again:\n  {shown}"
+        )
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -502,6 +506,7 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
+        check_no_pointer(path)
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or "
             "download it again"

@@ -41,7 +41,6 @@ from torch import Tensor
 
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.formats import detect, named
-from fusedrl.engine.data.lines import BadRow, parse_row, read_lines
 from fusedrl.engine.data.readers import (
     PairExample,
     RankedExample,
@@ -50,6 +49,7 @@ from fusedrl.engine.data.readers import (
     load_pairs,
     load_ranked,
 )
+from fusedrl.engine.data.rows import read_rows
 from fusedrl.engine.data.tokenize import (
     Dropped,
     count_tokens,
@@ -116,11 +116,8 @@ def is_ranked(source: Source) -> bool:
     """Whether a file holds ranked lists, not pairs, judged by its first recognisable row."""
     if source.format is not None:
         return RankedExample in named(source.format).reads
-    for _, raw, fault in read_lines(Path(source.path)):
-        try:
-            entry = None if fault else detect(parse_row(raw), RankedExample)
-        except BadRow:  # the reader reports it
-            continue
+    for one in read_rows(source):
+        entry = None if one.fault else detect(one.row, RankedExample)
         if entry is not None:
             return RankedExample in entry.reads
     return False

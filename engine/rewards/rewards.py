@@ -517,6 +517,11 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
             f"{what} {path}:{function}: the file has no {function!r}; its functions: "
             f"{', '.join(known) or 'none'}"
         )
+    if inspect.isclass(found):
+        raise RewardError(
+            f"{what} {path}:{function}: expected a function, got a class; name a function, or an "
+            f"object of that class in the file: {function.lower()} = {function}()"
+        )
     if not callable(found):
         raise RewardError(
             f"{what} {path}:{function}: expected a function, got {type(found).__name__}"

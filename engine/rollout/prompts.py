@@ -42,13 +42,7 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
     check_stop_tokens(
         "generation.stop_token_ids", config.generation.stop_token_ids, actor.decoder.config
     )
-    room = actor.decoder.config.max_positions - config.generation.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a "
-            "prompt in the model's "
-            f"{actor.decoder.config.max_positions} positions; lower it"
-        )
+    room = room_for_prompts(actor.decoder.config, config.generation.max_new_tokens)
 
     def read(source: Source) -> list[Prompt]:
         examples = load_prompts(
@@ -64,6 +58,17 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
         return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 
     return mix(config.data, read)
+
+
+def room_for_prompts(model: ModelConfig, max_new_tokens: int) -> int:
+    """Return the largest number of tokens of a prompt that leaves room for its completion. Raise
+    ConfigError if there is none."""
+    if (room := model.max_positions - max_new_tokens) < 1:
+        raise ConfigError(
+            f"generation.max_new_tokens = {max_new_tokens} leaves no room for a prompt in the "
+            f"model's {model.max_positions} positions; lower it"
+        )
+    return room
 
 
 def longest_of(prompts: Mixture[Prompt]) -> int:

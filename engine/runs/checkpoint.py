@@ -36,8 +36,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
-from fusedrl.engine.data.lines import check_data_file
-from fusedrl.engine.data.readers import Data, parse_data
+from fusedrl.engine.data.rows import check_source, source_digest
+from fusedrl.engine.data.sources import Data, parse_data
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
@@ -397,12 +397,12 @@ def _verify(path: Path) -> dict[str, Any]:
 
 
 def data_digest(data: Data) -> str:
-    """Return the SHA-256 of a data file; of several files, all digests. Errors are those of
-    `check_data_file`."""
+    """Return the SHA-256 of a data file's bytes, or of a hub data set's rows; of several sources,
+    all digests. Errors are those of `check_source`."""
     sources = parse_data(data)
     for source in sources:
-        check_data_file(Path(source.path))
-    return " ".join(file_digest(source.path) for source in sources)
+        check_source(source)
+    return " ".join(source_digest(source) for source in sources)
 
 
 def _all_data(config: Any) -> str:
@@ -414,7 +414,7 @@ def _all_data(config: Any) -> str:
 
 def identity(config: Any) -> dict[str, Any]:
     """Return, as JSON values, everything that determines a run's result: its configuration, and
-    digests of the data and of the initial model. Errors are those of `check_data_file`."""
+    digests of the data and of the initial model. Errors are those of `check_source`."""
     return {
         "stage": type(config).__name__,
         "config": config_to_dict(config),
@@ -465,8 +465,14 @@ class RunLock:
                 f"{str(run_dir)!r}, and {file} is a file; choose "
                 "another --run.dir"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
+        except OSError as error:
+            raise SetupError(
+                f"{run_dir}: the directory of the run cannot be written ({error.strerror}: "
+                f"{error.filename}); choose another --run.dir, or change the rights there"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -543,12 +549,19 @@ class RunDirectory:
         path = self.dir / "config.json"
         try:
             saved = _upgraded(json.loads(path.read_bytes()), type(config))
+            if saved["stage"] != current["stage"]:
+                raise ConfigError(
+                    f"{self.dir}: holds a run of another stage ({saved['stage']}, and this one is "
+                    f"{current['stage']}); choose another --run.dir"
+                )
             differences = config_diff(saved["config"], current["config"])
             differences += [
                 f"{key}: {saved[key]} -> {current[key]}"
                 for key in current
                 if key != "config" and saved[key] != current[key]
             ]
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was "

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,9 +35,9 @@ from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES
-from fusedrl.engine.data.lines import check_data_file
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import parse_data
+from fusedrl.engine.data.rows import check_source
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
@@ -189,7 +188,7 @@ def _check(config: PolicyConfig, needs: str | None) -> None:
     named = [config.data]
     named += [part.data for part in (config.evaluation, config.ptx) if part is not None]
     for source in (source for data in named for source in parse_data(data)):
-        check_data_file(Path(source.path))
+        check_source(source)
     if needs == "group" and config.samples_per_prompt == 1:
         raise ConfigError(
             f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which "

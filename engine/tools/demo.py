@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.estimates import Estimate
 from fusedrl.engine.config import (
     GenerationConfig,
@@ -221,7 +222,9 @@ def _ppo(
 
 def _free(directory: Path) -> Path:
     """Return the directory if it is missing or empty, else the first of directory-2, directory-3,
-    ... that is."""
+    ... that is. Raise ConfigError if it is a file."""
+    if directory.is_file():
+        raise ConfigError(f"demo: expected --dir to be a directory, got the file {directory}")
     found, number = directory, 1
     while found.exists() and (not found.is_dir() or any(found.iterdir())):
         number += 1

@@ -44,6 +44,7 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig
 from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
 from fusedrl.engine.data.readers import ReadOptions, load_prompts, parse_data
+from fusedrl.engine.data.rows import may_be_read
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, blocks_for, resolve_num_blocks
 from fusedrl.engine.model.adapters import LayerAdapter
@@ -65,6 +66,7 @@ from fusedrl.engine.parallel.lanes import buffer_bytes, deal
 from fusedrl.engine.parallel.ranks import lanes_of
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.policy.objectives import make_objective, two_steps
+from fusedrl.engine.rollout.prompts import room_for_prompts
 from fusedrl.kernels.linear_head import keeps_logits, workspace
 from fusedrl.kernels.runtime import native
 
@@ -254,9 +256,9 @@ def longest_prompt(config: PolicyConfig | RejectionConfig) -> int | None:
     sources = [source for name in names for source in parse_data(name)]
     directory = None if Path(config.model).is_file() else local_directory(config.model)
     tokenizer = None if directory is None else load_tokenizer(directory)
-    if tokenizer is None or not all(Path(source.path).is_file() for source in sources):
+    if tokenizer is None or not all(may_be_read(source) for source in sources):
         return None
-    room = read_model_config(config.model).max_positions - config.generation.max_new_tokens
+    room = room_for_prompts(read_model_config(config.model), config.generation.max_new_tokens)
     options = ReadOptions(count_tokens=partial(count_tokens, tokenizer))
     found = 0
     for source in sources:

@@ -100,7 +100,8 @@ def metrics_table(directory: str | Path) -> Table:
         ConfigError: there is no run.
     """
     series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    for row in read_rows(_file(directory, "metrics.jsonl", "there is no run")):
+    lack = "there is no run; name what was --run.dir"
+    for row in read_rows(_file(directory, "metrics.jsonl", lack)):
         for name, value in row.items():
             if value is not None and name != "step":
                 series[name].append((row["step"], value))
@@ -155,6 +156,9 @@ def _file(directory: str | Path, name: str, lack: str) -> Path:
             f"{f'{directory} is a file' if Path(directory).exists() else no_such(directory)}"
         )
     if not path.is_file() or not path.stat().st_size:
+        above = Path(directory).resolve().parent
+        if (above / name).is_file():
+            lack += f"; the run that it belongs to is {Path(directory).parent}"
         raise ConfigError(f"{directory}: expected a run directory with {name}, but {lack}")
     return path
 

@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from tests.support.import_graph import FLOORS
 
 from fusedrl.engine.cli.main import STAGES, main
 from fusedrl.engine.config.algorithms import ALGORITHMS
+from fusedrl.engine.data.sources import Source, parse_data
 from fusedrl.engine.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,7 @@ SMALL = {
     "policy": ["--steps", "2", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
     "generate": ["--max_new_tokens", "6"],
     "judge": ["--max_new_tokens", "6"],
+    "data": [],
 }
 
 
@@ -120,8 +123,25 @@ def test_the_commands_run_as_they_stand(folder, capsys):
         "generate",
         "judge",
         "report",
+        "data",
     } <= shown
     assert (folder / "runs/ppo/model/model.safetensors").is_file()
+
+
+def test_the_data_of_the_guide_is_written_as_it_is_read():
+    section = GUIDE.split("## Data\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    written = [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
+    assert len(written) >= 10
+    sources = {word: parse_data(word) for word in written}
+    assert sources["train.txt:separator=semicolon:header=prompt+completion"] == [
+        Source("train.txt", separator=";", header=("prompt", "completion"))
+    ]
+    (block,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    assert parse_data(yaml.safe_load(block)["data"]) == [
+        Source("a.parquet", columns={"prompt": "question"}, weight=2),
+        Source("hf:org/name", split="train", config="main"),
+    ]
 
 
 def test_the_python_of_the_guide_runs_as_it_stands(folder):

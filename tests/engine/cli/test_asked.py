@@ -4,7 +4,6 @@ models and data of another kind, stop strings.
 One file: each case is a few lines, and a new one is looked for among the others.
 """
 
-import gzip
 import json
 import shutil
 import subprocess
@@ -667,7 +666,6 @@ def test_what_is_no_reward(tmp_path, monkeypatch, spec, message):
     [
         ("https://x.org/a.jsonl", "curl -LO https://x.org/a.jsonl;"),
         ("gsm8k:https://x.org/a.jsonl", "curl -LO https://x.org/a.jsonl;"),
-        ("https://huggingface.co/datasets/o/n", "load_dataset('o/n', split='train')"),
         ("s3://b/a.jsonl", "the tool that s3:// belongs to"),
         (
             "https://huggingface.co/datasets/o/n/resolve/main/a.jsonl",
@@ -677,10 +675,19 @@ def test_what_is_no_reward(tmp_path, monkeypatch, spec, message):
 )
 def test_data_at_an_address(address, how):
     with pytest.raises(
-        DataError, match=r"Nothing is downloaded here: fetch it with .*; then name the file\.$"
+        DataError, match=r"Files are not downloaded here: fetch it with .*; then name the file\.$"
     ) as caught:
         parse_data(address)
     assert how in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://huggingface.co/datasets/o/n", "hf://datasets/o/n", "https://hf.co/datasets/o/n/"],
+)
+def test_a_data_set_at_an_address(address):
+    with pytest.raises(DataError, match=r"(write|written) hf:o/n$"):
+        parse_data(address)
 
 
 def test_a_run_directory_that_is_a_file(capsys, tiny_model, tmp_path, write_jsonl):
@@ -757,23 +764,21 @@ def test_data_of_another_kind(capsys, tiny_model, tmp_path):
         assert not (tmp_path / "run").exists()
         return text
 
-    assert (
-        "got a CSV file; convert it, for instance by pandas: "
-        "read_csv('train.csv').to_json('train.jsonl'"
-        in answer("train.csv", b"prompt,completion\na,b\n")
-    )
-    assert "got a CSV file" in answer("train.csv.gz", gzip.compress(b"prompt,completion\na,b\n"))
-    assert "sep=chr(9)" in answer("train.tsv", b"prompt\tcompletion\na\tb\n")
-    assert "got a Parquet file" in answer("train", b"PAR1 and more")
-    assert "got an Arrow file" in answer("data.arrow", b"ARROW1\0\0")
-    assert "got an Excel file" in answer("table.xlsx", b"PK\x03\x04")
+    assert "got a spreadsheet; save it as CSV" in answer("table.xlsx", b"PK\x03\x04")
+    assert "got an archive; unpack it" in answer("train.zip", b"PK\x03\x04")
+    assert "got an archive; unpack it" in answer("train", b"PK\x03\x04")
+    assert "got an archive; unpack it" in answer("train.jsonl.zst", b"\x28\xb5\x2f\xfd")
+    assert "got a pickle, which can run code" in answer("train.pkl", b"\x80\x04")
+    assert "got YAML; options of a run are given with --config" in answer("run.yaml", b"a: 1\n")
+    assert "got weights" in answer("model.safetensors", b"\0\0\0\0")
     for name in ("openai/gsm8k", "gsm8k", "trl-lib/tldr"):
-        assert f"{name} is no file here; if it is a data set of a hub, save it as JSONL" in answer(
-            name
+        assert (
+            f"{name} is no file here; if it is a data set of the Hugging Face hub, write hf:{name}"
+            in answer(name)
         )
     assert "no such data file" in answer("none.jsonl")
     assert (
-        "expected a JSONL file, got a directory; name the file in it"
+        "expected a file, got a directory; name the file in it, or write hf:"
         in told(
             capsys,
             "train",

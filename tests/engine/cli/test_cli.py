@@ -153,7 +153,7 @@ MISTAKES = [
         ["--generation.top_p", "0.9", "--loss.objective", "trpo", "--minibatches", "1"],
         "without top_k, top_p and min_p",
     ),
-    (["--reward_weights", "[1, 2]"], "reward_weights 1 numbers, one per reward"),
+    (["--reward_weights", "[1, 2]"], "reward_weights with as many numbers as there are rewards, 1"),
     (["--minibatches", "65"], "minibatches <= prompts_per_step x samples_per_prompt = 64"),
 ]
 

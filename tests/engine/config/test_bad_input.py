@@ -119,7 +119,7 @@ OPTIONS = {
     ),
     "weights of other rewards": (
         lambda: config(reward_weights=(1.0, 2.0)),
-        ("reward_weights 1 numbers",),
+        ("reward_weights with as many numbers as there are rewards, 1",),
     ),
     "a weight that is no number": (
         lambda: config(reward_weights=(math.nan,)),

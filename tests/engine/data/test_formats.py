@@ -693,13 +693,6 @@ def test_good_lists(tmp_path):
         load_prompts(path)
 
 
-def test_a_parquet_file_is_refused_with_the_way_out(tmp_path):
-    path = tmp_path / "train.parquet"
-    path.write_bytes(b"PAR1\0\0")
-    with pytest.raises(DataError, match=r"expected JSONL, got a Parquet file; convert it"):
-        load_prompts(path)
-
-
 # ---- real files ----------------------------------------------------------------------------------
 def test_real_questions(shared):
     counts = {}

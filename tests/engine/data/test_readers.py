@@ -196,11 +196,18 @@ def test_all_bad_lines_are_reported_at_once(tmp_path):
     with pytest.raises(DataError) as caught:
         load_prompts(path)
     message = str(caught.value)
-    assert message.count("not JSON") == 20
-    assert "... and 13 more" in message
+    assert message.count("not JSON") == 1
+    assert "(as in 32 more: 2, 3, 5, 6, 7, " in message
     assert "33 bad lines, 1 good" in message
-    assert f"{path}:21: " in message
-    assert f"{path}:4: " not in message
+    assert f"{path}:1: " in message
+    path = _file(tmp_path, b"".join(b'{"prompt": %d}x\n' % 10**n for n in range(30)))
+    with pytest.raises(DataError) as caught:
+        load_prompts(path)
+    message = str(caught.value)
+    assert message.count("not JSON") == 20
+    assert "... and 10 more" in message
+    assert f"{path}:20: " in message
+    assert f"{path}:21: " not in message
 
 
 @pytest.mark.parametrize("cut", [9, 30, 200, -9, -4, -1])

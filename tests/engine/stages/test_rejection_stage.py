@@ -292,7 +292,7 @@ def test_a_truncated_sampler_and_few_kept_for_many_minibatches(config):
         ({"minibatches": 7}, "minibatches <= prompts_per_step x keep = 6"),
         ({"generation": GenerationConfig(temperature=0.0)}, "temperature > 0"),
         ({"min_score": math.nan, "keep": 4}, "min_score to be finite"),
-        ({"reward_weights": (1.0, 2.0)}, "1 numbers, one per reward"),
+        ({"reward_weights": (1.0, 2.0)}, "with as many numbers as there are rewards, 1"),
     ],
 )
 def test_contradictions_are_refused(config, options, message):
