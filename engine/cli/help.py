@@ -69,7 +69,7 @@ def short_help(stage: str, cls: type, title: str) -> str:
     known = {
         name: kind
         for name, kind in keys_of(cls)
-        if name.partition(".")[0] != "critic" or _has_critic(stage)
+        if name.partition(".")[0] != "critic" or has_critic(stage)
     }
     required = set(missing_of(cls, ()))
     width = min(100, shutil.get_terminal_size().columns)
@@ -95,8 +95,9 @@ def _shown_of(known: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [name for name in names if name in known and not _is_group(known[name])]
 
 
-def _has_critic(stage: str) -> bool:
-    return ADVANTAGES.get(ALGORITHMS[stage].advantage) == "critic"
+def has_critic(stage: str) -> bool:
+    """Whether a stage is an algorithm with a critic."""
+    return stage in ALGORITHMS and ADVANTAGES.get(ALGORITHMS[stage].advantage) == "critic"
 
 
 def _is_group(kind: Any) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.cli.common import Parser, nearest
+from fusedrl.engine.cli.common import Parser
 from fusedrl.engine.cli.fields import (
     default_in,
     defaults_of,
@@ -18,18 +19,19 @@ from fusedrl.engine.cli.fields import (
     example_of,
     summary,
 )
-from fusedrl.engine.cli.help import missing_of
+from fusedrl.engine.cli.help import has_critic, missing_of
 from fusedrl.engine.cli.values import group_of, keys_of
 
+Stage = tuple[type, str]
 RECIPES = Path(__file__).resolve().parent / "recipes"
 _WIDTH = 96
 
 
-def add_commands(commands: argparse._SubParsersAction[Parser], stages: Mapping[str, type]) -> None:
+def add_commands(commands: argparse._SubParsersAction[Parser], stages: Mapping[str, Stage]) -> None:
     """Add `fusedrl init`. Parsed options run the command by `options.call(options)`.
 
     Args:
-        stages: the configuration class of every stage.
+        stages: configuration class and title of every stage.
     """
     init = commands.add_parser(
         "init",
@@ -51,18 +53,19 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-def _init(options: argparse.Namespace, stages: Mapping[str, type]) -> None:
+def _init(options: argparse.Namespace, stages: Mapping[str, Stage]) -> None:
     name, found = options.name, recipes()
     path = Path(options.file or f"{name}.yaml")
     if name in found:
         text = found[name].read_text(encoding="utf-8")
         stage = name.rsplit("-", 1)[-1] if name.rsplit("-", 1)[-1] in stages else _stage_in(text)
     elif name in stages:
-        stage, text = name, written(name, stages[name], path.name)
+        stage, text = name, written(name, *stages[name], path.name)
     else:
+        close = difflib.get_close_matches(name, [*stages, *found], 1)
         raise ConfigError(
             f"init: unknown stage or recipe {name!r}"
-            f"{nearest(name, dict.fromkeys([*stages, *found]))}; expected a stage of fusedrl train "
+            f"{f', did you mean {close[0]}?' if close else ''}; expected a stage of fusedrl train "
             f"--help, or one of {', '.join(found)}"
         )
     if path.exists():
@@ -79,7 +82,7 @@ def _stage_in(text: str) -> str:
     return text.partition("fusedrl train ")[2].split()[0]
 
 
-def written(stage: str, cls: type, name: str) -> str:
+def written(stage: str, cls: type, title: str, name: str) -> str:
     """Return a YAML file with every option of a stage, its documentation and its default.
 
     Options without a default have example values. Groups that are off are comments. The
@@ -87,20 +90,23 @@ def written(stage: str, cls: type, name: str) -> str:
     """
     config, docs = defaults_of(stage, cls), docs_of(cls)
     needed = missing_of(cls, ())
-    head = [f"fusedrl train {stage} --config {name}", "", summary(cls), ""]
+    head = [f"fusedrl train {stage} --config {name}", "", f"{stage}: {title}.", ""]
     head.append(
         f"Fill in: {', '.join(needed)}. All other options have their defaults; what you do not "
         "change may be deleted. Options on the command line win over this file."
     )
-    lines = [line for part in head for line in _comment(part)]
-    kinds = {key: kind for key, kind in keys_of(cls) if "." not in key}
+    lines = [line for part in head for line in _comment(part) or ["#"]]
+    kinds = {
+        key: kind
+        for key, kind in keys_of(cls)
+        if "." not in key and (key != "critic" or has_critic(stage))
+    }
     plain = [key for key, kind in kinds.items() if group_of(kind) is None]
     first = [*needed, *(key for key in plain if key not in needed)]
     for key in [*first, *(key for key in kinds if key not in plain)]:
         lines.append("")
-        lines += _comment(docs.get(key, ""))
-        value = getattr(config, key)
-        group = group_of(kinds[key])
+        value, group = getattr(config, key), group_of(kinds[key])
+        lines += _comment(docs.get(key) or (summary(group) if group else ""))
         if group is None:
             lines.append(f"{key}: {_yaml(_listed(stage, key, value, needed))}")
         elif value is None:
@@ -137,7 +143,7 @@ def _comment(text: str, indent: str = "") -> list[str]:
     wrapped = textwrap.wrap(
         text, _WIDTH - len(indent), break_on_hyphens=False, break_long_words=False
     )
-    return [f"{indent}# {line}" for line in wrapped or ([] if indent else [""])]
+    return [f"{indent}# {line}" for line in wrapped]
 
 
 def _yaml(value: Any) -> str:

@@ -208,7 +208,7 @@ def _parser() -> Parser:
     )
     add_commands(commands)
     add_run_commands(commands)
-    add_init(commands, {name: row[0] for name, row in STAGES.items()})
+    add_init(commands, {name: (row[0], row[3]) for name, row in STAGES.items()})
     verify_options(commands)
     demo = commands.add_parser(
         "demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False

@@ -81,7 +81,8 @@ def run_state(run_dir: str | Path) -> RunState | None:
     if stage is None:
         return None
     told = read_status(root)
-    step, seconds, last = 0, 0.0, {}
+    step, seconds = 0, 0.0
+    last: dict[str, float] = {}
     for row in read_rows(root / "metrics.jsonl"):
         step = max(step, int(row["step"]))
         taken = row.get("timing/step")

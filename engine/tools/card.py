@@ -17,8 +17,11 @@ from fusedrl.engine.runs.status import RunState
 from fusedrl.engine.watch.run_report import SHOWN
 
 # options that say where something was, not how the model was trained
-_PLACES = ("model", "data", "reward", "monitor_reward", "device", "algorithm", "evaluation.data")
-_PLACES += ("ptx.data", "critic.model")
+_PLACES = {"model", "data", "reward", "monitor_reward", "device", "algorithm"} | {
+    "evaluation.data",
+    "ptx.data",
+    "critic.model",
+}
 _TITLES = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling",

@@ -178,8 +178,8 @@ def _gguf(source: Source, to: Path, dtype: str) -> list[str]:
     if source.step is None:
         _refuse_classifier(source)
         kept = load_config(source.model).raw
-        name = _TORCH.get(dtype if dtype != "auto" else kept.get("dtype", kept.get("torch_dtype")))
-        name = name or "F32"
+        own = str(kept.get("dtype", kept.get("torch_dtype"))) if dtype == "auto" else dtype
+        name = _TORCH.get(own, "F32")
         own = "bfloat16" if name == "BF16" else "float32"
         decoder = load_decoder(source.model, dtype=own, device="cpu")
         tokenizer = load_tokenizer(source.model)
