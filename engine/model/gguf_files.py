@@ -79,11 +79,16 @@ def write_gguf(
         bf16 = gguf.GGMLQuantizationType.BF16 if stored == torch.bfloat16 else None
         plain = np.dtype(np.float16 if stored == torch.float16 else np.float32)
         writer.add_tensor_info(own, list(shape), plain, size, raw_dtype=bf16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for own, _, stored, make in tensors:
-        writer.write_tensor_data(_array(own, make(), stored))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for own, _, stored, make in tensors:
+            writer.write_tensor_data(_array(own, make(), stored))
+    except BaseException:
+        writer.close()
+        Path(path).unlink(missing_ok=True)
+        raise
     writer.close()
 
 

@@ -76,7 +76,7 @@ def write_chat_model(directory: Path, family: str, **changes) -> Path:
         "architectures": [CLASSES[family]],
         "vocab_size": len(tokenizer) + 1,  # rows beyond the tokenizer, as Qwen has them
         **({"use_sliding_window": False} if family != "llama" else {}),
-        **({"head_dim": 8} if family == "qwen3" else {}),
+        **({"head_dim": 128} if family == "qwen3" else {}),  # which transformers assumes
         **changes,
     }
     decoder = Decoder.random(model_config(config), seed=0)
