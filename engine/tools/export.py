@@ -178,10 +178,11 @@ def _gguf(source: Source, to: Path, dtype: str) -> list[str]:
     if source.step is None:
         _refuse_classifier(source)
         kept = load_config(source.model).raw
-        own = str(kept.get("dtype", kept.get("torch_dtype"))) if dtype == "auto" else dtype
-        name = _TORCH.get(own, "F32")
-        own = "bfloat16" if name == "BF16" else "float32"
-        decoder = load_decoder(source.model, dtype=own, device="cpu")
+        own = str(kept.get("dtype", kept.get("torch_dtype")))
+        name = _TORCH.get(own if dtype == "auto" else dtype, "F32")
+        # norms stay as they are in the files, whatever the matrices become
+        wide = "bfloat16" if own == "bfloat16" else "float32"
+        decoder = load_decoder(source.model, dtype=wide, device="cpu")
         tokenizer = load_tokenizer(source.model)
     else:
         actor = _from_checkpoint(source, "auto")
