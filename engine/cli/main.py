@@ -6,7 +6,8 @@ ones with a dot. An option on the command line overrides --config. Exit codes: 0
 its traceback) or a failed check of `fusedrl verify`, 2 configuration or data, 3 environment, 4
 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved (129 SIGHUP,
 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `judge`,
-`samples` and `report` are in monitor.py; `bench`, `generate` and `verify` have their own files.
+`samples` and `report` are in monitor.py, `runs`, `resume` and `export` in runs.py; `init`, `bench`,
+`generate` and `verify` have their own files.
 """
 
 from __future__ import annotations
