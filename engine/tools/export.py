@@ -47,7 +47,7 @@ _TORCH = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a directory with a model, and the run that it is from, if it is of one.
+    """Model to export: its directory, and the run that it is from, if it is of one.
 
     step: step of a checkpoint that is exported in place of the directory's model.
     """

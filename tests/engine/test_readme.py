@@ -42,6 +42,10 @@ SMALL = {
     "policy": ["--steps", "2", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
     "generate": ["--max_new_tokens", "6"],
     "judge": ["--max_new_tokens", "6"],
+    "init": [],
+    "runs": [],
+    "resume": ["--steps", "3"],
+    "export": [],
 }
 
 
