@@ -8,81 +8,15 @@ float16, the default of llama.cpp.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def _name_of(name: str) -> str:
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_LAYER[rest.removesuffix('.weight')]}.weight"
-
-
-def _rotated(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key projection as llama.cpp rotates them: pairs side by side, where
-    transformers has the first half of a head beside the second."""
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape_as(weight)
-
-
-def write_gguf(directory: Path, dtype: torch.dtype, to: Path) -> Path:
-    """Write the weights of a Llama in `dtype`; norms are float32, as llama.cpp wants them."""
-    import gguf
-
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    rope = config.get("rope_parameters") or config
-    writer = gguf.GGUFWriter(to, "llama")
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_tokenizer_model("no_vocab")
-    for name, found in load_file(directory / "model.safetensors").items():
-        weight = found.float()
-        if "q_proj" in name or "k_proj" in name:
-            weight = _rotated(weight, heads if "q_proj" in name else kv_heads)
-        if dtype == torch.bfloat16 and weight.dim() == 2:
-            raw = weight.to(dtype).view(torch.int16).numpy().view(np.uint8)
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(_name_of(name), raw, raw_dtype=kind)
-        else:
-            writer.add_tensor(_name_of(name), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return to
+from fusedrl.engine.model.gguf_files import dtype_name, write_gguf
+from fusedrl.engine.model.weights import load_decoder
 
 
 class LlamaCpp:
@@ -156,6 +90,6 @@ def contestant(
     """Greedy completions of the prompts by llama.cpp; the file is written to `scratch`."""
     file = scratch / f"{str(dtype).removeprefix('torch.')}.gguf"
     if not file.is_file():
-        write_gguf(directory, dtype, file)
+        write_gguf(load_decoder(directory, dtype, "cpu"), file, dtype=dtype_name(dtype))
     model = LlamaCpp(file, len(prompts), max(map(len, prompts)) + new)
     return lambda: model.generate(prompts, new)

@@ -129,7 +129,9 @@ SOURCES = sorted(
 )
 # neither a user's file.py:function nor what is included in angle brackets
 FILE = re.compile(r"(?<![\w./<-])((?:\w+/)*\w+\.(?:py|cpp|cuh?|h))\b(?!:\w)")
-OTHERS = re.compile(r"(?:verl|liger_kernel|trl)/|x\.cu$")  # other projects' files, and an example
+OTHERS = re.compile(
+    r"(?:verl|liger_kernel|trl)/|x\.cu$|llama\.cpp$"
+)  # of other projects; an example
 
 
 def said(path: Path, text: str) -> list[str]:

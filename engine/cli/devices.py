@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fusedrl.engine.base.errors import ConfigError, SetupError
+from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped
+from fusedrl.engine.cli.common import check_device
+from fusedrl.engine.config.base import StageConfig
 
 # a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
 PATIENCE = timedelta(hours=1)
@@ -89,10 +91,45 @@ def _resumes(word: str) -> bool:
     return word.partition("=")[0] == "--run.resume"
 
 
+def start(
+    function: Callable[[], Callable[[Any], Any]],
+    config: StageConfig,
+    command: Sequence[str],
+    going_on: str,
+    devices: int,
+    place: Place | None,
+) -> None:
+    """Train by a configuration: in this process, or, if there are several devices and this process
+    was not started for one of them, in as many processes as devices.
+
+    Args:
+        function: imports what trains, and returns it.
+        command: the words after `fusedrl` by which each of the processes does the same.
+        going_on: the command that goes on with the run.
+    """
+    check_device(config.device)
+    if devices > 1 and place is None:
+        code = launch(
+            [*command, f"--devices={devices}"], devices, config.device, config.run.signal_names
+        )
+        if code:
+            raise Stopped(code)
+        return
+    train = function()
+    from fusedrl.engine.runs.run import RESUME_COMMAND
+
+    told = RESUME_COMMAND.set(going_on)
+    try:
+        with joined_by(place, config.device):
+            train(config)
+    finally:
+        RESUME_COMMAND.reset(told)
+
+
 def launch(
     argv: Sequence[str], count: int, device: str | None = None, signals: Sequence[str] = ()
 ) -> int:
-    """Run `fusedrl train argv` in `count` processes, and forward signals to all of them, those
+    """Run `fusedrl argv` in `count` processes, and forward signals to all of them, those
     named too. Return the exit code of the first process that failed, or 0.
 
     Raises:
@@ -105,7 +142,7 @@ def launch(
         children = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "fusedrl.engine.cli", "train", *argv),
+                    *(sys.executable, "-P", "-m", "fusedrl", *argv),
                     *("--place", f"{rank},{count},{os.getpid()},{store}"),
                 ],
                 env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},

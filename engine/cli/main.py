@@ -6,7 +6,8 @@ ones with a dot. An option on the command line overrides --config. Exit codes: 0
 its traceback) or a failed check of `fusedrl verify`, 2 configuration or data, 3 environment, 4
 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved (129 SIGHUP,
 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `judge`,
-`samples` and `report` are in monitor.py; `bench`, `generate` and `verify` have their own files.
+`samples` and `report` are in monitor.py, `runs`, `resume` and `export` in runs.py; `init`, `bench`,
+`generate` and `verify` have their own files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, get_origin
@@ -42,8 +43,10 @@ from fusedrl.engine.cli.common import (
     report_json,
     spelled,
 )
-from fusedrl.engine.cli.devices import devices_of, joined_by, launch, resume_command
+from fusedrl.engine.cli.devices import devices_of, resume_command, start
 from fusedrl.engine.cli.generate import generate_options, run_generate
+from fusedrl.engine.cli.help import example, short_help, stages_help
+from fusedrl.engine.cli.init import add_commands as add_init
 from fusedrl.engine.cli.monitor import add_commands
 from fusedrl.engine.cli.names import (
     OF_OTHER_STAGES,
@@ -51,9 +54,11 @@ from fusedrl.engine.cli.names import (
     known_elsewhere,
     nearest_names,
 )
+from fusedrl.engine.cli.runs import add_commands as add_run_commands
+from fusedrl.engine.cli.runs import run_resume
 from fusedrl.engine.cli.values import keys_of, meant, parts_of, read_yaml
 from fusedrl.engine.cli.verify import verify_options
-from fusedrl.engine.cli.words import in_plain_words
+from fusedrl.engine.cli.words import LACKING, in_plain_words
 from fusedrl.engine.config import (
     DPOConfig,
     PolicyConfig,
@@ -198,6 +203,8 @@ def _parser() -> Parser:
     )
     add_commands(commands)
     data.add_commands(commands)
+    add_run_commands(commands)
+    add_init(commands, {name: (row[0], row[3]) for name, row in STAGES.items()})
     verify_options(commands)
     demo = commands.add_parser(
         "demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False
@@ -232,6 +239,9 @@ def _run(argv: list[str]) -> None:
     if argv[:1] == ["plan"]:
         _plan(argv[1:])
         return
+    if argv[:1] == ["resume"]:
+        run_resume(argv[1:], parse_config, _function)
+        return
     parser = _parser()
     options, unknown = parser.parse_known_args(spelled(parser, argv))
     if unknown:
@@ -253,14 +263,8 @@ def _run(argv: list[str]) -> None:
 # ---- train ---------------------------------------------------------------------------------------
 def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        stages = "\n".join(f"  {name:22}{STAGES[name][3]}" for name in STAGES)
-        print(
-            "usage: fusedrl train STAGE [--config run.yaml] [--devices N] [--option value "
-            "...]\n\n--devices N divides the run among N devices of this machine.\n\n"
-            f"stages:\n{stages}\n\n"
-            "fusedrl train STAGE --help lists its options.",
-            file=sys.stdout if argv else sys.stderr,
-        )
+        told = stages_help({name: row[3] for name, row in STAGES.items()})
+        print(told, file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
     if argv[0].startswith("-"):
         raise ConfigError(
@@ -272,25 +276,20 @@ def _train(argv: list[str]) -> None:
             f"train: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of "
             f"{', '.join(STAGES)}"
         )
-    _, module, function, _ = STAGES[argv[0]]
+    if {"-h", "--help"} & set(argv):
+        print(short_help(argv[0], STAGES[argv[0]][0], STAGES[argv[0]][3]))
+        raise SystemExit(0)
+    argv = ["--help" if word == "--help-all" else word for word in argv]
     argv, devices, place = devices_of(argv)
-    config = parse_config(argv[0], argv[1:])
-    check_device(config.device)
-    if devices > 1 and place is None:
-        words = [*argv, f"--devices={devices}"]
-        if code := launch(words, devices, config.device, config.run.signal_names):
-            raise Stopped(code)
-        return
-    train = getattr(importlib.import_module(module), function)
-    from fusedrl.engine.runs.run import RESUME_COMMAND
-
     again = [*argv, "--devices", str(devices)] if devices > 1 else argv
-    told = RESUME_COMMAND.set(resume_command(again))
-    try:
-        with joined_by(place, config.device):
-            train(config)
-    finally:
-        RESUME_COMMAND.reset(told)
+    config = parse_config(argv[0], argv[1:])
+    start(_function(argv[0]), config, ["train", *argv], resume_command(again), devices, place)
+
+
+def _function(stage: str) -> Callable[[], Callable[[Any], Any]]:
+    """Return a function that imports a stage and returns what trains it."""
+    _, module, name, _ = STAGES[stage]
+    return lambda: getattr(importlib.import_module(module), name)
 
 
 def _nearest_stage(name: str) -> str:
@@ -298,12 +297,18 @@ def _nearest_stage(name: str) -> str:
     return f", which is {meant} here" if meant is not None else nearest(name, STAGES)
 
 
-def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
+def parse_config(
+    stage: str,
+    argv: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+    tree: Mapping[str, Any] | None = None,
+) -> Any:
     """Read the configuration of a stage ("sft", "reward", or an algorithm) from command-line
     options and, with --config FILE, from YAML.
 
     An option on the command line overrides the file. Several --reward options make one list.
-    `defaults` gives values for required keys that are left out.
+    `defaults` gives values for required keys that are left out; `tree` holds options as nested
+    dictionaries, which files and options override.
 
     Raises:
         ConfigError: an unknown key (the message names the nearest), a wrong type, a missing value,
@@ -323,7 +328,8 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
     parser.set_defaults(
         dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {})
     )
-    trees = [
+    trees = [] if tree is None else [json.dumps(tree)]
+    trees += [
         json.dumps(
             read_yaml(file, known, partial(_hint, stage=stage, known=known, dashes="")), default=str
         )
@@ -340,7 +346,12 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
             )
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"config: {in_plain_words(str(error), cls)}") from error
+        message = f"config: {in_plain_words(str(error), cls)}"
+        if message.endswith(LACKING) and not defaults:
+            lacking = re.findall(r"--(\w+)", message)
+            given = example(stage, cls, argv, lacking)
+            message += f"; such as: {given} (fusedrl init {stage} writes all options into a file)"
+        raise ConfigError(message) from error
     # for an optional group, jsonargparse puts our own message among others
     except ValueError as error:
         ours = re.search(r"config: expected .*", str(error))

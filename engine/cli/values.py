@@ -29,6 +29,8 @@ _NOTHING = ("none", "null", "~")
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every (dotted key, type) of a configuration class, including groups of keys."""
     for name, kind in get_type_hints(cls).items():
+        if name == "_":  # marks the fields that are given by name alone
+            continue
         yield f"{prefix}{name}", kind
         if (group := group_of(kind)) is not None:
             yield from keys_of(group, f"{prefix}{name}.")

@@ -15,6 +15,7 @@ WORDS = {
     "float": "a number",
     "str": "a text",
 }  # for types
+LACKING = "which cannot be left out"  # how a message about missing options ends
 
 
 def in_plain_words(message: str, cls: type) -> str:
@@ -40,9 +41,7 @@ def in_plain_words(message: str, cls: type) -> str:
         return f'"{group[1]}": expected {_expected(group[1], cls)}, got {group[2]}'
     if lacking := re.search(r"the following arguments are required: (.*)", message):
         *others, last = (f"--{name}" for name in lacking[1].split(", "))
-        return (
-            f"expected {', '.join(others)}{' and ' * bool(others)}{last}, which cannot be left out"
-        )
+        return f"expected {', '.join(others)}{' and ' * bool(others)}{last}, {LACKING}"
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(
         r"Expected a typing\.Literal\[(.*?)\]",

@@ -249,6 +249,11 @@ class RunConfig:
             SIGINT, SIGTERM and SIGHUP do. For example SIGUSR1, which schedulers send before the
             time is up.
         keep: number of complete checkpoints to keep; the oldest are deleted first.
+        keep_best: name of a metric, such as eval/reward. A step whose value is the best so far is
+            saved at once, and its checkpoint is kept beside the newest ones, until a better one.
+            The best is the smallest of metrics with loss or perplexity in their name, and the
+            largest of all others; min:NAME and max:NAME choose. Choose a metric that is not
+            measured at every step, since each new best is saved.
         progress: show live progress on the terminal.
     """
 
@@ -259,6 +264,7 @@ class RunConfig:
     save_minutes: float = 10.0
     signals: str = ""
     keep: int = 2
+    keep_best: str = ""
     progress: bool = True
 
     def __post_init__(self) -> None:

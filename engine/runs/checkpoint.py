@@ -24,11 +24,12 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +47,7 @@ FREE_KEYS = (
     "run.resume",
     "run.progress",
     "run.keep",
+    "run.keep_best",
     "run.save_every",
     "run.save_minutes",
     "run.signals",
@@ -91,16 +93,19 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    spare: Collection[int] = (),
     shares: Mapping[str, Mapping[str, Tensor]] | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
     """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the
     checkpoint of `step`.
 
-    Once it is verified, all but the `keep` newest checkpoints are deleted. A step whose checkpoint
+    Once it is verified, all but the `keep` newest checkpoints and those of `spare` are deleted. A
+    step whose checkpoint
     exists and verifies is not written again.
 
     Args:
+        spare: steps whose checkpoints are kept whatever their age.
         shares: further groups, of which each rank holds a part and writes it to a separate file.
         ranks: ranks that all call this function; the first writes `tensors` and `state`.
     Raises:
@@ -146,8 +151,9 @@ def save_checkpoint(
         raise
     _verify(target)
     # later ones are broken, or this step could not be new
-    for old in [path for number, path in _steps(root) if number <= step][keep:]:
-        _remove(old)
+    for number, old in [found for found in _steps(root) if found[0] <= step][keep:]:
+        if number not in spare:
+            _remove(old)
     ranks.meet("the end of a checkpoint")
     return target
 
@@ -333,6 +339,25 @@ def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
     return Checkpoint(path, step, tensors, json.loads((path / STATE).read_bytes()))
 
 
+def saved_steps(run_dir: str | Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by their steps, newest first; they are not verified."""
+    root = Path(run_dir) / "checkpoints"
+    return dict(_steps(root)) if root.is_dir() else {}
+
+
+def checkpoint_of(run_dir: str | Path, step: int) -> Checkpoint:
+    """Return the checkpoint of a step.
+
+    Raises:
+        CheckpointError: it does not exist, or does not verify.
+    """
+    steps = saved_steps(run_dir)
+    if step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(f"{run_dir}: has no checkpoint of step {step}; it has {there}")
+    return read_checkpoint(steps[step], step, _verify(steps[step])["files"])
+
+
 def _steps(root: Path) -> list[tuple[int, Path]]:
     found = [
         (int(match[1]), path)
@@ -441,6 +466,35 @@ def model_digest(model: str | Path) -> str | None:
 
 
 # ---- the run directory ---------------------------------------------------------------------------
+_PATIENCE = 0.2  # seconds in which someone who only looks at the lock (`is_locked`) is gone again
+
+
+def _take(file: TextIO) -> None:
+    """Take the lock, or raise BlockingIOError if another process keeps it."""
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() - began > _PATIENCE:
+                raise
+        time.sleep(0.01)
+
+
+def is_locked(run_dir: str | Path) -> bool:
+    """Whether a live process owns a run directory. The lock is taken for a moment, together with
+    anyone else who looks; an owner who comes in that moment waits for it to end."""
+    try:
+        with open(Path(run_dir) / "lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock, or none that may be read
+        return False
+    return False
+
+
 class RunLock:
     """Exclusive ownership of a run directory, for as long as this context manager is open; the
     system releases it when the process dies.
@@ -474,7 +528,7 @@ class RunLock:
                 f"{error.filename}); choose another --run.dir, or change the rights there"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(self._file)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "an unknown process"

@@ -5,6 +5,7 @@ All five stages use it.
 <run>/metrics.jsonl        one line a step
 <run>/samples.jsonl        some completions of every step (policy runs)
 <run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (watch/monitor.py)
+<run>/status.json          running, finished, interrupted or failed, and of how many steps
 <run>/checkpoints/         complete, verified states to resume from
 <run>/model/               the result, loadable by transformers
 """
@@ -31,9 +32,16 @@ from fusedrl.engine.base.errors import ConfigError, Stopped, as_shortage
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.parallel.ranks import ALONE, Ranks, versions
-from fusedrl.engine.runs.checkpoint import RunDirectory, flat, identity, read_checkpoint
-from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, say
+from fusedrl.engine.runs.checkpoint import (
+    RunDirectory,
+    flat,
+    identity,
+    read_checkpoint,
+    saved_steps,
+)
+from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, read_rows, say
 from fusedrl.engine.runs.saving import Parts, Saver
+from fusedrl.engine.runs.status import write_status
 
 T = TypeVar("T")
 # that goes on with a run; the command line sets it
@@ -80,6 +88,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         with contextlib.ExitStack() as stack:
             self._stack = stack
             self._open()
+            self._write_status("running")
             self.start = self._checkpoint.step if self._checkpoint else 0
             if not self.ranks.first:
                 self.ranks.meet("the files of the run")  # wait until the first rank has cut them
@@ -132,6 +141,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
             together = told is None or self.ranks.fail(told)
             if told is not None and self._saver is not None:
                 self._leave(self._saver, told, together)
+            elif self._saver is not None:
+                self._tell_best(self._saver)
+            self._write_status(*_ended(told))
         finally:
             self._stack.__exit__(kind, error, trace)
         if told is not None and told is not error:
@@ -142,6 +154,36 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 f"sys.exit({error.code!r}); a function given to a run "
                 "raises an exception where it cannot go on"
             ) from error
+
+    def _write_status(self, state: str, message: str = "") -> None:
+        """Write how the run stands, for `fusedrl runs` and `fusedrl resume`."""
+        if not self.ranks.first:
+            return
+        best = None if self._saver is None else self._saver.best
+        with contextlib.suppress(OSError):  # no reason to end a run, or to hide why it ends
+            write_status(
+                self.directory,
+                {
+                    "state": state,
+                    "total": self.total or None,
+                    "devices": self.ranks.size,
+                    "working_directory": str(Path.cwd()),
+                    "best": [best.name, best.step, best.value] if best and best.step else None,
+                    "message": message,
+                },
+            )
+
+    def _tell_best(self, saver: Saver) -> None:
+        """Name the best checkpoint at the end of the run."""
+        best = saver.best
+        if best.name and best.step is None:
+            self.message(f"no step reported {best.name}, so that no best checkpoint was kept")
+        elif best.step is not None:
+            self.message(
+                f"the best {best.name}, {best.value:.4g}, is that of step {best.step}, in "
+                f"{saved_steps(self.directory).get(best.step, 'no checkpoint')}; fusedrl export "
+                f"{self.directory} DIR --step {best.step} makes a model of it"
+            )
 
     # ---- how a run ends before its end -----------------------------------------------------------
     def _on_signal(self, number: int, frame: object) -> None:
@@ -236,6 +278,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
             Saver(self.directory, self.settings, found, checkpoint, self._skipped, self.ranks),
             None,
         )
+        if self.ranks.first:
+            saved = saved_steps(self.directory)
+            self._saver.best.recall(read_rows(self.directory / "metrics.jsonl"), saved)
+        self._write_status("running")
         if checkpoint is None and self.settings.resume:
             self.message(f"{self.directory}: nothing to resume here, beginning at step 1")
         if checkpoint is not None:
@@ -346,7 +392,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
         metrics |= self.ranks.metrics()
         if self._skipped:
             metrics = metrics | {"skipped_updates": float(self._skipped)}
+        if self._saver is not None and self._saver.best.step is None:
+            self._saver.best.check(metrics.keys())
         self.last_metrics = self.metrics.log(step + 1, metrics)
+        if self._saver is not None:
+            self._saver.best.offer(step + 1, self.last_metrics)
         if self._progress is not None:
             self._progress.update(step + 1, self.last_metrics)
 
@@ -359,6 +409,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
         """Print a line on standard error, for information that a person should see even if progress
         is hidden."""
         self._say(f"{self._title}: {text}")
+
+
+def _ended(error: BaseException | None) -> tuple[str, str]:
+    """Return how a run ended, as (state, message)."""
+    if error is None:
+        return "finished", ""
+    if isinstance(error, Stopped) and isinstance(error.code, int) and error.code < 128:
+        return "failed", "stopped by the reward-hacking alarm"
+    if isinstance(error, KeyboardInterrupt | Stopped):  # 128 + the number of a signal
+        return "interrupted", ""
+    return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def peak_memory() -> float:

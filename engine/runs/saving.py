@@ -25,6 +25,7 @@ from fusedrl.engine.base.errors import CheckpointError
 from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.optim.learner import Learner, Model
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
+from fusedrl.engine.runs.best import Best
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 
 # a save waits for this many times the seconds that the last save took, so that saving takes at most
@@ -147,6 +148,7 @@ class Saver:
         ranks: ranks of the run.
     Attributes:
         saved: newest checkpoint, as (step, directory), or None.
+        best: the best step so far by `run.keep_best`; its checkpoint is kept.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class Saver:
         self._ranks = ranks
         self.saved = None if checkpoint is None else (checkpoint.step, checkpoint.path)
         self.saving = False
+        self.best = Best(settings.keep_best)
         self._failed: int | None = None
         self._seconds, self._last = 0.0, time.perf_counter()
         self.complete(0 if checkpoint is None else checkpoint.step, skipped)
@@ -197,9 +200,12 @@ class Saver:
         return self._parts.mark() == self._completed.mark and not self.failed
 
     def due(self) -> bool:
-        """Whether to save the step just completed. With `save_every`, it depends on the number of
-        the step. Otherwise it goes by the clock: the first step, then every `save_minutes`, and
-        never so often that saving takes more than 5% of the time."""
+        """Whether to save the step just completed. The best step so far is saved. Otherwise, with
+        `save_every`, it depends on the number of the step; without, it goes by the clock: the first
+        step, then every `save_minutes`, and never so often that saving takes more than 5% of the
+        time."""
+        if self.best.step == self.step:
+            return True
         if self._settings.save_every:
             return self.step % self._settings.save_every == 0
         waited = time.perf_counter() - self._last
@@ -227,6 +233,7 @@ class Saver:
                 tensors,
                 self._completed.state,
                 keep=self._settings.keep,
+                spare=() if self.best.step is None else (self.best.step,),
                 shares=shares,
                 ranks=self._ranks,
             )

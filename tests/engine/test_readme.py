@@ -45,6 +45,10 @@ SMALL = {
     "generate": ["--max_new_tokens", "6"],
     "judge": ["--max_new_tokens", "6"],
     "data": [],
+    "init": [],
+    "runs": [],
+    "resume": ["--steps", "3"],
+    "export": [],
 }
 
 
