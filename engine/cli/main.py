@@ -280,6 +280,9 @@ def _train(argv: list[str]) -> None:
     argv, devices, place = devices_of(argv)
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
+    from fusedrl.engine.runs.loggers import check_loggers
+
+    check_loggers(config.run.loggers)
     if devices > 1 and place is None:
         if code := launch([*argv, f"--devices={devices}"], devices, config.run.signal_names):
             raise Stopped(code)

@@ -54,6 +54,10 @@ def check_values(config: StageConfig) -> None:
     )
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def either(value: Any, usual: Any) -> Any:
     """Return `value`, or `usual` if `value` is None."""
     return usual if value is None else value
@@ -198,6 +202,12 @@ class RunConfig:
             time is up.
         keep: number of complete checkpoints to keep; the oldest are deleted first.
         progress: show live progress on the terminal.
+        columns: metrics that the terminal shows, separated by commas, by their names in
+            docs/metrics.md, instead of the main ones of the stage under short headings. An asterisk
+            stands for any characters: kl,val/* or * for all.
+        log: loggers that receive the metrics besides <run>/metrics.jsonl, separated by commas:
+            wandb, tensorboard, trackio, the name of a registered one, or file.py:NAME of a class or
+            a function.
     """
 
     dir: str = "runs/latest"
@@ -208,6 +218,8 @@ class RunConfig:
     signals: str = ""
     keep: int = 2
     progress: bool = True
+    columns: str = ""
+    log: str = ""
 
     def __post_init__(self) -> None:
         check(
@@ -230,7 +242,17 @@ class RunConfig:
     @property
     def signal_names(self) -> tuple[str, ...]:
         """Names in `signals`, one by one."""
-        return tuple(name.strip().upper() for name in self.signals.split(",") if name.strip())
+        return tuple(name.upper() for name in _listed(self.signals))
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names in `columns`, one by one."""
+        return _listed(self.columns)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Loggers in `log`, one by one."""
+        return tuple(dict.fromkeys(_listed(self.log)))
 
 
 @dataclass(frozen=True)

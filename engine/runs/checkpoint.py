@@ -45,6 +45,8 @@ FREE_KEYS = (
     "run.dir",
     "run.resume",
     "run.progress",
+    "run.columns",
+    "run.log",
     "run.keep",
     "run.save_every",
     "run.save_minutes",

@@ -58,7 +58,7 @@ def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
                         .replace("<phase>", "(?!step)[a-z_]+")
                     )
                     found[name] = re.compile(
-                        text + ("(_stderr)?" if name.startswith("eval/") else "")
+                        text + ("(_stderr)?" if name.startswith("eval_") else "")
                     )
     return found
 
