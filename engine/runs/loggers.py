@@ -13,8 +13,10 @@ import difflib
 import inspect
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -225,9 +227,11 @@ class Reporter:
         if not self._loggers:
             return
         failed = kind is not None and issubclass(kind, Exception)
-        self._jobs.put(("close", failed))
-        self._jobs.put(None)
-        self._thread.join(_SECONDS_TO_CLOSE)
+        end = time.monotonic() + _SECONDS_TO_CLOSE
+        with suppress(queue.Full):  # of what a logger that never returns has before it
+            for job in (("close", failed), None):
+                self._jobs.put(job, timeout=max(0.0, end - time.monotonic()))
+        self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
             self._tell(
                 f"run.log {', '.join(self._loggers)}: not finished after {_SECONDS_TO_CLOSE:g} "

@@ -65,7 +65,10 @@ def test_updates_are_those_of_adamw_at_the_schedules_rate(device):
         assert update.grad_norm == pytest.approx(norm, rel=1e-5)
         assert learner.metrics()["learning_rate"] == pytest.approx(rate)
         torch.testing.assert_close(model.weight, by_hand.weight, rtol=1e-5, atol=1e-6)
-    assert set(learner.metrics("critic/learning_rate", "critic/")) == {"critic/learning_rate", "critic/below_epsilon"}
+    assert set(learner.metrics("critic/learning_rate", "critic/")) == {
+        "critic/learning_rate",
+        "critic/below_epsilon",
+    }
     learner.release()
     assert model.weight.grad is None
     assert learner.skipped == 0

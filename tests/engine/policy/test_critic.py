@@ -251,7 +251,8 @@ def test_it_learns_what_the_prompt_tells(ppo):
         row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0 for row in rows
     )
     assert all(
-        {"loss/value_avg", "val/clipfrac_avg", "critic/grad_norm", "critic/learning_rate"} <= row.keys()
+        {"loss/value_avg", "val/clipfrac_avg", "critic/grad_norm", "critic/learning_rate"}
+        <= row.keys()
         for row in rows
     )
     assert not (Path(config.run.dir) / "model" / "value_head.safetensors").exists()

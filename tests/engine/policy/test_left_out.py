@@ -140,7 +140,13 @@ def test_what_is_left_out_changes_no_bit(make, trained, algorithm):
     for row, other in zip(rows, whole_rows, strict=True):
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
         assert other["policy/left_out_fraction"] == 0
-        for name in ("entropy", "reward", "sampling/sampling_logp_difference/max", "step_tokens", "grad_norm"):
+        for name in (
+            "entropy",
+            "reward",
+            "sampling/sampling_logp_difference/max",
+            "step_tokens",
+            "grad_norm",
+        ):
             assert row[name] == other[name], name
         assert row["loss/policy_avg"] == pytest.approx(other["loss/policy_avg"], rel=1e-5, abs=1e-9)
 

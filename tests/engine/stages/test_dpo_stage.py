@@ -328,7 +328,8 @@ def test_weights_and_labels_stay_with_their_pairs(config, device):
         [one["eval_rewards/margins"] for one in alone], rel=1e-4, abs=1e-7
     )
     right = sum(
-        one["eval_rewards/margins"] * (pair.label - 0.5) > 0 for pair, one in zip(pairs, alone, strict=True)
+        one["eval_rewards/margins"] * (pair.label - 0.5) > 0
+        for pair, one in zip(pairs, alone, strict=True)
     )
     assert dpo.agreement(scores, pairs) == (right, 5)
 
