@@ -256,9 +256,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _show(self, learner: Learner) -> None:
         """Begin to show the run, which trains the model of this learner."""
         self.activity, first = learner.activity, self.ranks.first
-        self._cautions = Cautions(self._config, dtype_of(learner)) if first else None
-        for row in read_rows(self.directory / "metrics.jsonl") if self._cautions else ():
-            self._cautions.update(row)
+        if first:
+            self._cautions = Cautions(self._config, dtype_of(learner))
+            for row in read_rows(self.directory / "metrics.jsonl"):  # a resumed run's
+                self._cautions.update(row)
         shown = Progress(
             self.total,
             self.settings.progress and first,

@@ -7,6 +7,7 @@ else. The cursor is never hidden, so that a process that is killed cannot leave 
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import threading
@@ -97,6 +98,8 @@ class Progress:
         self._last = -math.inf
         self._heading: tuple[str, ...] = ()
         self._rows = 0  # since the heading
+        self._told = False
+        self._met: set[Column] = set()
         self._over = threading.Event()
         self._live: Any = None
         self._console = _console(self._stream) if enabled and self._stream.isatty() else None
@@ -133,6 +136,7 @@ class Progress:
     def _plain(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line with the metrics' own names."""
         names = named(values, self._names)
+        self._tell_of_unknown(step, values)
         if not self._names:
             names = [name for c in self._columns if (name := name_in(c, values))][:PLAIN]
             names += [name for name in values if name.startswith("eval_")]
@@ -140,12 +144,24 @@ class Progress:
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
         self._write(f"{self._title} {step}/{self._total}  {shown}")
 
+    def _tell_of_unknown(self, step: int, values: Mapping[str, float]) -> None:
+        """Say once, at the first step, which names no metric has."""
+        told, self._told = self._told or not step, self._told or bool(step)
+        for name in () if told else self._names:
+            if not named(values, [name]):
+                close = difflib.get_close_matches(name, values, 1)
+                self._write(
+                    f"{self._title}: run.columns: no metric of step {step} is called {name!r}"
+                    f"{f'; did you mean {close[0]}?' if close else ''}"
+                )
+
     def _row(self, step: int, values: Mapping[str, float]) -> None:
         """Write a row of the table, and its heading where that is new or has scrolled away."""
         width, height = self._size()
         first = 2 * len(str(self._total)) + 1
-        there = [column for column in self._columns if name_in(column, values)]
-        columns = fitting(there, width, first)
+        # a metric that a step has not leaves a dash, and the heading as it is
+        self._met.update(column for column in self._columns if name_in(column, values))
+        columns = fitting([c for c in self._columns if c in self._met], width, first)
         heading = (
             f"{'step':>{first}}",
             *(f"{column.heading:>{width_of(column)}}" for column in columns),

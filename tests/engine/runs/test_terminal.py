@@ -137,11 +137,13 @@ def test_moving_lines_say_where_the_run_and_its_step_are():
 
 
 def test_whole_names_on_request():
-    shown = _start(60, "4", "kl", "val/*", "nothing")
+    shown = _start(60, "4", "kl", "val/*", "entrpy")
     shown.type("go\r")
     lines = seen(shown.read(), 60)
     assert shown.wait() == 0
     assert "grpo 3/4  kl 3  val/explained_variance -0.5" in lines
+    told = "grpo: run.columns: no metric of step 1 is called 'entrpy'; did you mean entropy?"
+    assert " ".join(lines).count(told) == 1
 
 
 def test_a_terminal_that_changes_its_size():
@@ -330,6 +332,19 @@ def test_the_time_left_follows_the_newest_steps(monkeypatch):
     assert progress.left(now[0]) == pytest.approx(3.0 * 40)
     assert progress.left(now[0] + 2.0) == pytest.approx(3.0 * 40 - 2.0)
     assert progress.left(now[0] + 1e6) == 0.0
+
+
+def test_a_metric_that_a_step_lacks_leaves_the_heading_as_it_is(monkeypatch):
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_ROWS", 0.0)
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_DRAWS", 1000.0)
+    stream = _Terminal()
+    with Progress(9, stream=stream, columns=[Column("a", "a"), Column("b", "b")]) as progress:
+        for step, values in enumerate(({"b": 1.0}, {"a": 2.0}, {"b": 3.0}), 1):
+            progress.update(step, values)
+    lines = [line.split() for line in seen(stream.getvalue(), 80)]
+    assert [line for line in lines if line] == [
+        *(["step", "b"], ["1/9", "1"], ["step", "a", "b"], ["2/9", "2", "-"], ["3/9", "-", "3"])
+    ]
 
 
 # ---- columns -------------------------------------------------------------------------------------
