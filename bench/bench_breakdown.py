@@ -165,7 +165,7 @@ def halting_loop(
         return call
 
     def noted(run: Run, step: int, metrics: dict[str, float]) -> None:
-        state["tokens"] = int(metrics["num_tokens"])
+        state["tokens"] = int(metrics["step_tokens"])
         log(run, step, metrics)
 
     patch.setattr(Run, "log", noted)

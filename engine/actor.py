@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.base.activity import Activity
 from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
-from fusedrl.engine.generation.cache import CacheConfig, resolve_num_blocks
+from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.generation.divided import divided
 from fusedrl.engine.generation.generator import Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -75,6 +76,7 @@ class HybridActor:
         ranks: processes that hold the same weights and call `generate` and `score` with the same
             arguments. They share the work, and each gets the whole result. By default only this
             process.
+        activity: what is being generated or scored right now, for whoever shows it.
 
     Args:
         decoder: the model, which holds the weights.
@@ -103,7 +105,7 @@ class HybridActor:
                 "HybridActor: strict=True needs kernels whose sums have one order, in C++ on a CPU "
                 "or Triton on a GPU, for a float32 or bfloat16 "
                 f"model; for {decoder.dtype} on {decoder.device}: {fault}; use strict=False, and "
-                "watch sampling/logp_diff_max"
+                "watch sampling/sampling_logp_difference/max"
             )
         if tokenizer is not None and len(tokenizer) > decoder.config.vocab_size:
             raise ValueError(
@@ -121,6 +123,7 @@ class HybridActor:
         self._watch = Watch(decoder)
         self._cache = cache or CacheConfig()
         self.ranks = ALONE
+        self.activity = Activity()
         self._generator: Generator | None = None
         self._making = threading.Lock()  # held while a generator is created
         self._lent = False
@@ -315,6 +318,15 @@ class HybridActor:
             c, num_blocks=min(needed, granted), memory_bytes=None, memory_fraction=None
         )
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, which the first `generate` allocates. Errors are those of
+        `resolve_num_blocks`."""
+        c, decoder = self._cache, self.decoder
+        weights, dtype = decoder.weights(), decoder.cache_dtype
+        blocks = resolve_num_blocks(c, weights, decoder.config.max_positions, dtype)
+        return (blocks + 1) * block_bytes(weights, c.block_size, dtype)
+
     def release_cache(self) -> None:
         """Free the KV cache's memory; the next `generate` allocates it again. Completions in
         progress are aborted."""
@@ -396,6 +408,7 @@ class HybridActor:
                     watch=self._watch,
                     strict=self.strict,
                     value_head=self.value_head,
+                    activity=self.activity,
                 )
             self._generator = generator
         return generator
@@ -588,7 +601,9 @@ class HybridActor:
             for _ in range(2 if self.value_head is None else 3)
         ]
         mine = deal(costs_of(batch.lengths, partition), self.ranks.size)[self.ranks.rank]
+        self.activity.begin("scoring", "micro-batches", len(mine))
         for part in (partition[index] for index in mine):
+            self.activity.done += 1
             if not len(part):
                 continue
             micro = batch.select(part)

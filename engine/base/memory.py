@@ -1,5 +1,5 @@
-"""Memory of the system, on a CPU: huge pages for long-lived tensors, and freed memory given
-back."""
+"""Memory of the system, on a CPU: huge pages for long-lived tensors, and freed memory given back.
+Amounts of memory, as text."""
 
 from __future__ import annotations
 
@@ -51,3 +51,8 @@ def advise_huge_pages(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(
             ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice)
         )
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes in GiB, or in MiB below 0.1 GiB."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"

@@ -108,6 +108,9 @@ def start(
         going_on: the command that goes on with the run.
     """
     check_device(config.device)
+    from fusedrl.engine.runs.loggers import check_loggers
+
+    check_loggers(config.run.loggers)
     if devices > 1 and place is None:
         code = launch(
             [*command, f"--devices={devices}"], devices, config.device, config.run.signal_names

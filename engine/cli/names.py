@@ -184,6 +184,11 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "eval_steps": ("evaluation.every", "eval_every"),
     "test_freq": ("evaluation.every", "eval_every"),
     "disable_tqdm": ("run.progress",),
+    "report_to": ("run.log",),
+    "use_wandb": ("run.log",),
+    "log_with": ("run.log",),
+    "trainer.logger": ("run.log",),
+    "logging_dir": ("run.log",),
 }
 # how some of them are written here, which the name alone does not say
 HOW = {

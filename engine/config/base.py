@@ -106,6 +106,10 @@ def check_values(config: StageConfig) -> None:
     )
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def either(value: Any, usual: Any) -> Any:
     """Return `value`, or `usual` if `value` is None."""
     return usual if value is None else value
@@ -249,12 +253,18 @@ class RunConfig:
             SIGINT, SIGTERM and SIGHUP do. For example SIGUSR1, which schedulers send before the
             time is up.
         keep: number of complete checkpoints to keep; the oldest are deleted first.
-        keep_best: name of a metric, such as eval/reward. A step whose value is the best so far is
+        keep_best: name of a metric, such as eval_reward. A step whose value is the best so far is
             saved at once, and its checkpoint is kept beside the newest ones, until a better one.
             The best is the smallest of metrics with loss or perplexity in their name, and the
             largest of all others; min:NAME and max:NAME choose. Choose a metric that is not
             measured at every step, since each new best is saved.
         progress: show live progress on the terminal.
+        columns: metrics that the terminal shows, separated by commas, by their names in
+            docs/metrics.md, instead of the main ones of the stage under short headings. An asterisk
+            stands for any characters: kl,val/* or * for all.
+        log: loggers that receive the metrics besides <run>/metrics.jsonl, separated by commas:
+            wandb, tensorboard, trackio, the name of a registered one, or file.py:NAME of a class or
+            a function.
     """
 
     dir: str = "runs/latest"
@@ -266,6 +276,8 @@ class RunConfig:
     keep: int = 2
     keep_best: str = ""
     progress: bool = True
+    columns: str = ""
+    log: str = ""
 
     def __post_init__(self) -> None:
         check(
@@ -288,7 +300,17 @@ class RunConfig:
     @property
     def signal_names(self) -> tuple[str, ...]:
         """Names in `signals`, one by one."""
-        return tuple(name.strip().upper() for name in self.signals.split(",") if name.strip())
+        return tuple(name.upper() for name in _listed(self.signals))
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names in `columns`, one by one."""
+        return _listed(self.columns)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Loggers in `log`, one by one."""
+        return tuple(dict.fromkeys(_listed(self.log)))
 
 
 @dataclass(frozen=True)

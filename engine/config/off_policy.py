@@ -15,7 +15,8 @@ class CorrectionConfig:
 
     They differ if the two use different precision or kernels. The policy term of each token is
     multiplied by w = exp(old_logp - rollout_logp), which has no gradient. In this engine the two
-    agree up to rounding (sampling/logp_diff_*), and bitwise in strict mode, where every w is 1.
+    agree up to rounding (sampling/sampling_logp_difference/*), and bitwise in strict mode, where
+    every w is 1.
 
     Args:
         kind: none; truncated is min(w, high) (Yao et al., 2025, TIS); masked is w, and 0 outside

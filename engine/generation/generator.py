@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedrl.engine.base.activity import Activity
 from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
@@ -109,6 +110,7 @@ class Generator:
             values.
         window: steps until the host reads the tokens; by default a number that suits the device.
         graphs: captured steps; by default CUDA's, and none on a CPU.
+        activity: counts completions and tokens for whoever shows them.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Generator:
         window: int | None = None,
         graphs: StepGraphs | None = None,
         value_head: ValueHead | None = None,
+        activity: Activity | None = None,
     ) -> None:
         config = config or CacheConfig()
         if decoder.dtype not in (allowed := weight_dtypes(decoder.device)):
@@ -154,6 +157,7 @@ class Generator:
         eos = getattr(tokenizer, "eos_token_id", None)
         self._tokenizer_eos = frozenset() if eos is None else frozenset({eos})
         self._turns = Turns()
+        self._activity = activity or Activity()
         self._tickets: list[Ticket] = []
         self._leaving: deque[Ticket] = deque()  # to be aborted before the next step
         self._next_id = 0
@@ -306,6 +310,7 @@ class Generator:
         self, ticket: Ticket, sequences: list[Running], to_caller: bool
     ) -> Iterator[Finished]:
         self.enqueue(ticket, sequences)
+        self._activity.begin("generating", "completions", len(sequences))
         depth: Depth = "counts"
         try:
             while True:
@@ -314,6 +319,7 @@ class Generator:
                     if ticket.live and not ticket.finished:
                         self._step(ticket, depth)
                     out, over = list(ticket.finished), not ticket.live
+                    self._activity.done = len(sequences) - len(ticket.live)
                     ticket.finished.clear()
                 depth = "first rows" if out and to_caller else "counts"
                 yield from out
@@ -624,6 +630,7 @@ class Generator:
             np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
         )
         slots.append(drew, tokens_KR, drawn.logp, self.weights_version, count, drawn.values)
+        self._activity.tokens += K * len(drew) if count is None else int(count.sum())
         if drawn.kept:
             for row in np.flatnonzero(self._table.returns_kept[drew]).tolist():
                 sequence = self.scheduler.at(int(drew[row]))

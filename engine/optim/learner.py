@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.base.activity import Activity
 from fusedrl.engine.base.memory import give_back
 from fusedrl.engine.config import OptimConfig
 from fusedrl.engine.optim.adamw import StepResult, measure_optimizer, optimizer_of
@@ -44,7 +45,7 @@ class Work(Generic[T]):
         self.tree = learner.optimizer.tree() if learner.ranks.lanes > 1 else None
 
     def __iter__(self) -> Iterator[T]:
-        ranks = self._learner.ranks
+        ranks, activity = self._learner.ranks, self._learner.activity
         lanes = [list(range(len(self._parts)))]
         if self.tree is not None:
             each = ranks.lanes // ranks.size
@@ -56,9 +57,11 @@ class Work(Generic[T]):
             ]
             if sum(loads):
                 ranks.loads.append(max(loads) * ranks.size / sum(loads))
+        activity.begin(f"training the {self._learner.name}", "micro-batches", sum(map(len, lanes)))
         for lane in lanes:
             for self._at in lane:
                 yield self._parts[self._at]
+                activity.done += 1
             if self.tree is not None:
                 self.tree.take(self._learner.optimizer.take())
 
@@ -152,12 +155,20 @@ class Learner:
         config: configuration of the optimizer and its schedule.
         name: name of the model in messages.
         ranks: ranks that train the model together.
+        activity: what is being computed right now, for whoever shows it; None: the model's own, if
+            it has one.
     """
 
     def __init__(
-        self, model: Model, config: OptimConfig, name: str = "model", ranks: Ranks = ALONE
+        self,
+        model: Model,
+        config: OptimConfig,
+        name: str = "model",
+        ranks: Ranks = ALONE,
+        activity: Activity | None = None,
     ) -> None:
         self.model, self.config, self.name, self.ranks = model, config, name, ranks
+        self.activity: Activity = activity or getattr(model, "activity", None) or Activity()
         self.optimizer = optimizer_of(config, model.named_parameters(), ranks)
         self.device = next(p.device for _, p in model.named_parameters())
         self.skipped = 0  # updates skipped since this object was made
@@ -179,6 +190,7 @@ class Learner:
                 has a gradient.
         """
         self.optimizer.zero_grad()
+        self.activity.update = (index + 1, total)
         update = Update(self)
         yield update
         self.optimizer.lr = learning_rate(self.config, index, total)
@@ -189,6 +201,7 @@ class Learner:
         if (mark := getattr(self.model, "mark_updated", None)) is not None:
             mark()
         update.grad_norm = result.grad_norm
+        self.activity.update = None
 
     def check(self, result: StepResult) -> None:
         """Count an update that was skipped. Raise RuntimeError at the fifth in a row."""
@@ -202,7 +215,7 @@ class Learner:
                 "with a lower optim.lr or a score_clip"
             )
 
-    def metrics(self, rate: str = "lr", epsilon: str = "optim/") -> dict[str, float]:
+    def metrics(self, rate: str = "learning_rate", epsilon: str = "optim/") -> dict[str, float]:
         """Return the learning rate of the last update, under the name `rate`, and the share of
         second moments below epsilon, under the prefix `epsilon`."""
         return {rate: self.optimizer.lr} | measure_optimizer(self.optimizer, epsilon)

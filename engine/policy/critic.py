@@ -177,7 +177,7 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
         head = TrunkCritic(actor, actor.value_head)
         return TrainedCritic(
             head,
-            Learner(head, config.critic.optim, "critic", actor.ranks),
+            Learner(head, config.critic.optim, "critic", actor.ranks, actor.activity),
             config.critic.warmup_steps,
         )
     path = config.model if config.critic.model == "policy" else config.critic.model
@@ -211,5 +211,5 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
         )
     critic.decoder.checkpoint_activations = config.checkpoint_activations
     critic.ranks = actor.ranks
-    learner = Learner(critic, config.critic.optim, "critic", actor.ranks)
+    learner = Learner(critic, config.critic.optim, "critic", actor.ranks, actor.activity)
     return TrainedCritic(critic, learner, config.steps)

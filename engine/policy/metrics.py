@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,10 +54,10 @@ def measure(
     found = {
         "entropy": batch.column("old_entropy")[mask_N].double().mean().item(),
         "perplexity": math.exp(min(80.0, -old.mean().item())),
-        "sampling/logp_diff_mean": mean,
-        "sampling/logp_diff_max": worst,
+        "sampling/sampling_logp_difference/mean": mean,
+        "sampling/sampling_logp_difference/max": worst,
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
-        "num_tokens": float(batch.num_tokens),
+        "step_tokens": float(batch.num_tokens),
     } | correction_metrics(config.correction, batch.with_columns(action_mask=mask_N))
     if config.score_clip:
         found["score_clip_fraction"] = (
@@ -157,6 +158,14 @@ class Meter:
         """Add the log ratios of actions in the last pass; `metrics` reports their tails."""
         self._log_ratios.append(log_ratios)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the ratio of every action in the last pass, for histograms."""
+        if not self._log_ratios:
+            return {}
+        return {
+            "val/ratio": torch.cat(self._log_ratios).double().clamp(-80, 80).exp().cpu().numpy()
+        }
+
     def metrics(self) -> dict[str, float]:
         """Return the metrics of everything that was added."""
         policy, updates = _rows(self.policy), len(self.grad_norms)
@@ -166,7 +175,7 @@ class Meter:
             share = p["tokens"] / max(1.0, tokens)
             for name, number in (
                 ("policy/approxkl_avg", p["approx_kl_k3"]),
-                ("policy/clipfrac_avg", p["clip_fraction_low"] + p["clip_fraction_high"]),
+                ("clip_ratio/region_mean", p["clip_fraction_low"] + p["clip_fraction_high"]),
                 ("clip_ratio/low_mean", p["clip_fraction_low"]),
                 ("clip_ratio/high_mean", p["clip_fraction_high"]),
                 ("val/ratio", p["ratio_mean"]),

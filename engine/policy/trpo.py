@@ -236,7 +236,7 @@ def trust_region_update(
     return (
         measured
         | metrics
-        | {"lr": learner.optimizer.lr}
+        | {"learning_rate": learner.optimizer.lr}
         | (ptx.metrics() if ptx is not None else {})
     )
 

@@ -124,6 +124,6 @@ def load_reference(config: NamesReference, actor: HybridActor) -> Reference:
         config.model, dtype=actor.decoder.dtype, device="cpu" if host else config.device
     )
     copy.decoder.requires_grad_(False)
-    copy.ranks = actor.ranks
+    copy.ranks, copy.activity = actor.ranks, actor.activity
     copy.strict = actor.strict  # before the first step its bits are the policy's, and the KL is 0
     return OnHost(copy, device) if host else Frozen(copy)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from fusedrl.engine.actor import HybridActor
@@ -88,6 +89,14 @@ class Rollout:
                 strict=True,
             )
         ]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the length and the score of every completion, for histograms."""
+        lengths = [len(completion.token_ids) for completion in self.completions]
+        return {
+            "completions/length": np.array(lengths, dtype=np.float64),
+            "reward": self.batch.column("scores").double().cpu().numpy(),
+        }
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
@@ -224,6 +233,7 @@ def _generate(
         for prompt, group in zip(prompts, outs, strict=True)
         for completion in group
     ]
+    actor.activity.begin(f"rewarding {len(flat)} completions")
     scored = _score(rewards, flat)
     best = [0.0] * len(prompts)
     if greedy:

@@ -46,6 +46,8 @@ FREE_KEYS = (
     "run.dir",
     "run.resume",
     "run.progress",
+    "run.columns",
+    "run.log",
     "run.keep",
     "run.keep_best",
     "run.save_every",

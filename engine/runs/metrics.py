@@ -1,7 +1,7 @@
-"""Reports of a run: one JSON line per step in metrics.jsonl, and live progress on the terminal.
+"""Metrics of a run: one JSON line per step in metrics.jsonl.
 
 Names are TRL's (`reward`, `kl`, `entropy`, `completions/clipped_ratio`, ...) plus `timing/<phase>`
-in seconds and `sampling/logp_diff_*`. All of them are listed in docs/metrics.md.
+in seconds and `sampling/sampling_logp_difference/*`. All of them are listed in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -11,43 +11,12 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import Any, Self, TextIO
 
 from fusedrl.engine.runs.checkpoint import write_file
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.live import Live
-
-KEY_METRICS = (
-    "loss",
-    "reward",
-    "kl",
-    "entropy",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "policy/clipfrac_avg",
-    "accuracy",
-    "margin",
-    "rewards/accuracies",
-    "rewards/margins",
-    "kept/reward",
-    "eval_loss",
-    "eval_accuracy",
-    "grad_norm",
-    "lr",
-)
-SECONDS_BETWEEN_LINES = 5.0
-
-
-def say(text: str) -> None:
-    """Print a line on standard error. If the terminal or the reader is gone, do nothing and raise
-    no error."""
-    with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
 
 
 class JsonLines:
@@ -164,91 +133,3 @@ class Metrics:
 
     def __exit__(self, *error: object) -> None:
         self._lines.__exit__(*error)
-
-
-class Progress:
-    """Live progress. On a terminal it is a bar with a table of the key metrics; elsewhere a plain
-    line every few seconds and one for the last step.
-
-    Args:
-        total: steps of the run.
-        enabled: False shows nothing.
-        start: steps already done, when resumed.
-        title: text in front of the bar.
-        keys: names of the metrics to show, if they are reported.
-        stream: where to write; standard error by default, so that standard output stays free for
-            results.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        enabled: bool = True,
-        *,
-        start: int = 0,
-        title: str = "train",
-        keys: Sequence[str] = KEY_METRICS,
-        stream: TextIO | None = None,
-    ) -> None:
-        self._total, self._title, self._keys, self._enabled = total, title, tuple(keys), enabled
-        self._stream = stream if stream is not None else sys.stderr
-        self._live: Live | None = None
-        self._last_line = -math.inf
-        if not enabled or not self._stream.isatty():
-            return
-        from rich import live
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bar
-
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._task = self._bar.add_task(title, total=total, completed=start)
-        self._live = live.Live(
-            self._view({}), console=Console(file=self._stream), refresh_per_second=8
-        )
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show that `step` steps are done, and the metrics of the last one."""
-        if self._live is not None:
-            self._bar.update(self._task, completed=step)
-            self._live.update(self._view(values))
-        elif self._enabled and (
-            step >= self._total or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
-        ):
-            self._last_line = time.monotonic()
-            shown = "  ".join(f"{name} {values[name]:.4g}" for name in self._keys if name in values)
-            with suppress(OSError, ValueError):  # the reader has gone; the run has not
-                print(f"{self._title} {step}/{self._total}  {shown}", file=self._stream, flush=True)
-
-    def _view(self, values: Mapping[str, float]) -> RenderableType:
-        from rich.console import Group
-        from rich.table import Table
-
-        names = [name for name in self._keys if name in values]
-        if not names:
-            return self._bar
-        table = Table(*names, box=None, pad_edge=False, header_style="dim")
-        table.add_row(*(f"{values[name]:.4g}" for name in names))
-        return Group(self._bar, table)
-
-    def __enter__(self) -> Progress:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            with suppress(OSError, ValueError):  # the terminal has gone
-                self._live.stop()

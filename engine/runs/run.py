@@ -26,22 +26,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 
+from fusedrl.engine.base.activity import Activity
 from fusedrl.engine.base.errors import ConfigError, Stopped, as_shortage
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
+from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.ranks import ALONE, Ranks, versions
+from fusedrl.engine.runs.cautions import Cautions
 from fusedrl.engine.runs.checkpoint import (
     RunDirectory,
+    config_to_dict,
     flat,
     identity,
     read_checkpoint,
     saved_steps,
 )
-from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, read_rows, say
+from fusedrl.engine.runs.columns import columns_of
+from fusedrl.engine.runs.facts import dtype_of, facts_of
+from fusedrl.engine.runs.loggers import TABLES_EVERY, Reporter, RunInfo
+from fusedrl.engine.runs.metrics import JsonLines, Metrics, read_rows
 from fusedrl.engine.runs.saving import Parts, Saver
 from fusedrl.engine.runs.status import write_status
+from fusedrl.engine.runs.terminal import Progress, say
 
 T = TypeVar("T")
 # that goes on with a run; the command line sets it
@@ -78,10 +87,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._title = config.title
         self._skipped_before = 0  # updates that this run skipped in earlier processes
         self._parts: Parts | None = None
-        self._phase = ""  # the part of the step that runs, for messages
         self._signals = 0
         self._exit: int | None = None
+        self.activity = Activity()
         self._progress: Progress | None = None
+        self._cautions: Cautions | None = None
+        self._reporter: Reporter | None = None
+        self._tokens = 0.0  # of all steps
         self._saver: Saver | None = None
 
     def __enter__(self) -> Self:
@@ -99,6 +111,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             if self.ranks.first:
                 self.ranks.meet("the files of the run")
             self.last_metrics = self.metrics.last()
+            self._tokens = self.last_metrics.get("num_tokens", 0.0)
             if threading.current_thread() is threading.main_thread():
                 for name in dict.fromkeys(
                     ("SIGINT", "SIGTERM", "SIGHUP", *self.settings.signal_names)
@@ -135,7 +148,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        where = f"in {self._phase}" if self._phase else ""
+        phase = self.activity.phase
+        where = f"in {phase}" if phase else ""
         told = None if error is None else as_shortage(error, where)
         try:
             together = told is None or self.ranks.fail(told)
@@ -260,15 +274,6 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def restore(self, **parts: Any) -> None:
         """Load the newest complete checkpoint into these objects (`saving.Parts`), in place. In a
         new run nothing is loaded. From now on, checkpoints are made of these objects."""
-        self._step_began = time.perf_counter()
-        self._progress = self._stack.enter_context(
-            Progress(
-                self.total,
-                self.settings.progress and self.ranks.first,
-                start=self.start,
-                title=self._title,
-            )
-        )
         found, checkpoint = Parts(**parts), self._checkpoint
         self._parts = found
         if checkpoint is not None:
@@ -291,6 +296,34 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 else f"finished already, at step {self.start}"
             )
             self.message(f"{self.directory}: {where}")
+        self._show(found.model)
+        self._step_began = time.perf_counter()
+
+    def _show(self, learner: Learner) -> None:
+        """Begin to show the run, which trains the model of this learner."""
+        self.activity, first = learner.activity, self.ranks.first
+        if first:
+            self._cautions = Cautions(self._config, dtype_of(learner))
+            for row in read_rows(self.directory / "metrics.jsonl"):  # a resumed run's
+                self._cautions.update(row)
+        shown = Progress(
+            self.total,
+            self.settings.progress and first,
+            start=self.start,
+            title=self._title,
+            columns=columns_of(self._config),
+            names=self.settings.column_names,
+            activity=self.activity,
+        )
+        if self.settings.progress and first:
+            shown.header(facts_of(self._config, learner, self.ranks, self.start, self.total))
+        if self.settings.loggers and first:
+            of = flat(config_to_dict(self._config))
+            info = RunInfo(self.directory, self._title, of, self.start, self.total)
+            self._reporter = self._stack.enter_context(
+                Reporter(self.settings.loggers, info, self.message)
+            )
+        self._progress = self._stack.enter_context(shown)
 
     @property
     def _skipped(self) -> int:
@@ -314,7 +347,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _save(self, saver: Saver) -> None:
         first = saver.saved is None
         began = time.perf_counter()
+        before = self.activity.enter("save")
         path = saver.save()
+        self.activity.enter(before)
         self._step_began += time.perf_counter() - began  # saving does not count as the step's time
         self.message(f"saved {path}" + (f"; {self._how_to_go_on()}" if first else ""))
 
@@ -358,18 +393,18 @@ class Run(contextlib.AbstractContextManager["Run"]):
     # ---- what is reported ------------------------------------------------------------------------
     @contextlib.contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Time a part of the step as `timing/<name>`."""
-        self._phase = name
+        """Time a part of the step as `timing/<name>`, and show that it is in progress."""
+        before = self.activity.enter(name)
         with self.metrics.time(name), self.ranks.working(name):
             yield
-        self._phase = ""
+        self.activity.enter(before)
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:
         """Time work that is not part of the step as `timing/<name>`. Its seconds count neither in
         `timing/step` nor in `tokens_per_s`."""
         began = time.perf_counter()
-        with self.metrics.time(name):
+        with self.time(name):
             yield
         self._step_began += time.perf_counter() - began
 
@@ -387,23 +422,50 @@ class Run(contextlib.AbstractContextManager["Run"]):
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
         metrics = metrics | {"timing/step": seconds, "mem/peak_gib": peak_memory()}
-        if "num_tokens" in metrics:
-            metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
+        if "step_tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["step_tokens"] / seconds
+            self._tokens += metrics["step_tokens"]
+            metrics["num_tokens"] = self._tokens
         metrics |= self.ranks.metrics()
         if self._skipped:
             metrics = metrics | {"skipped_updates": float(self._skipped)}
         if self._saver is not None and self._saver.best.step is None:
             self._saver.best.check(metrics.keys())
-        self.last_metrics = self.metrics.log(step + 1, metrics)
+        self.record(step + 1, metrics)
         if self._saver is not None:
             self._saver.best.offer(step + 1, self.last_metrics)
-        if self._progress is not None:
-            self._progress.update(step + 1, self.last_metrics)
 
-    def samples(self, step: int, rows: list[dict]) -> None:
-        """Append completions of this step to samples.jsonl."""
+    def record(self, done: int, metrics: dict[str, float]) -> None:
+        """Write a line of metrics.jsonl for `done` steps, show it, and say what it gives cause to.
+        Line 0 is an evaluation before the first step."""
+        self.last_metrics = self.metrics.log(done, metrics)
+        if self._progress is not None:
+            self._progress.update(done, self.last_metrics)
+        if self._reporter is not None:
+            self._reporter.log(done, self.last_metrics)
+        for said in () if self._cautions is None else self._cautions.update(self.last_metrics):
+            self.message(f"step {done}: {said}")
+
+    def samples(
+        self, step: int, rows: list[dict], *columns: Callable[[], dict[str, np.ndarray]]
+    ) -> None:
+        """Append completions of this step to samples.jsonl. Now and then, hand them to the loggers
+        as well, with histograms of `columns`: functions that return numbers of all completions or
+        tokens by name."""
+        done = step + 1
         for row in rows:
-            self._samples.append({"step": step + 1, **row})
+            self._samples.append({"step": done, **row})
+        evaluated = any(name.startswith("eval_") for name in self.last_metrics)
+        due = evaluated or done % TABLES_EVERY == 0 or done in (1, self.total)
+        if due and self._reporter:
+            self.table(done, "samples", rows)
+            found = [column() for column in columns]
+            self._reporter.histograms(done, {k: x for one in found for k, x in one.items()})
+
+    def table(self, done: int, name: str, rows: list[dict]) -> None:
+        """Hand completions of a step to the loggers."""
+        if rows and self._reporter:
+            self._reporter.table(done, name, rows)
 
     def message(self, text: str) -> None:
         """Print a line on standard error, for information that a person should see even if progress

@@ -106,7 +106,7 @@ def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
             metrics = {"loss": loss} | describe(scores, pairs, config.beta)
             metrics |= {
                 "grad_norm": update.grad_norm,
-                "num_tokens": float(batch.num_tokens),
+                "step_tokens": float(batch.num_tokens),
             } | learner.metrics()
             if step == run.total - 1:
                 with run.time("evaluate"):
@@ -116,14 +116,14 @@ def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
             run.write("adapter", partial(actor.save_adapter, base_model=config.model))
         last = run.last_metrics
         interval = (
-            last.get("eval_accuracy_low", math.nan),
-            last.get("eval_accuracy_high", math.nan),
+            last.get("eval_rewards/accuracies_low", math.nan),
+            last.get("eval_rewards/accuracies_high", math.nan),
         )
         return DPOResult(
             run.finish(actor.save_pretrained),
             run.total,
             last,
-            last.get("eval_accuracy", math.nan),
+            last.get("eval_rewards/accuracies", math.nan),
             interval,
             len(held),
         )
@@ -225,14 +225,14 @@ def evaluate(
         "eval_loss": weighted_loss(scores, pairs, config).item()
         / sum(pair.weight for pair in pairs),
         "eval_pairs": float(len(pairs)),
-        "eval_margin": config.beta * scores.h.mean().item(),
+        "eval_rewards/margins": config.beta * scores.h.mean().item(),
     }
     right, judged = agreement(scores, pairs)
     if judged:
         low, high = wilson_interval(right, judged)
         found |= {
-            "eval_accuracy": right / judged,
-            "eval_accuracy_low": low,
-            "eval_accuracy_high": high,
+            "eval_rewards/accuracies": right / judged,
+            "eval_rewards/accuracies_low": low,
+            "eval_rewards/accuracies_high": high,
         }
     return found

@@ -14,7 +14,7 @@ Read `train_policy` from top to bottom. These rules hold for all algorithms (sou
      same micro-batches as the first epoch, so before a rollout's first optimizer step the ratio is
      exactly 1. With one optimizer step a rollout, and advantages that need neither values nor the
      KL, there is no scoring: the training forward gives the old log-probabilities. At every step
-     they are compared with the sampler's, before the weights change (`sampling/logp_diff_*`).
+     they are compared with the sampler's, before the weights change (the metrics `sampling/...`).
   4. Without a critic there is no value head, and with a KL coefficient of 0 no reference.
   5. Replayed completions train together with the new ones, in separate micro-batches, and keep the
      old log-probabilities that they were stored with.
@@ -132,7 +132,8 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
                 )
             batch, totals, cuts = _judged(config, parts, experience.batch, step, run)
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
-                metrics = experience.metrics | _trained(config, parts, batch, cuts, step, ptx)
+                found = _trained(config, parts, batch, cuts, step, ptx, meter := Meter())
+                metrics = experience.metrics | found
             if recount(control, head) and own_critic is None:
                 actor.mark_updated()
             control.update(metrics if learns else {}, totals)
@@ -142,7 +143,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
                 parts.replay.add(batch, step)
             metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
-            run.samples(step, experience.samples(4))
+            run.samples(step, experience.samples(4), experience.columns, meter.columns)
             run.save_if_due(step)
         if own_critic is not None:
             run.write("critic", partial(own_critic.save_pretrained, tokenizer=actor.tokenizer))
@@ -348,6 +349,7 @@ def _trained(
     cuts: Cuts,
     step: int,
     ptx: Ptx | None,
+    meter: Meter,
 ) -> dict[str, float]:
     """Train critic and policy on a rollout and return the metrics."""
     actor, control, critic = parts.actor, parts.control, parts.critic
@@ -363,7 +365,7 @@ def _trained(
         return metrics | trust_region_update(*of_policy)
     replay = parts.replay
     drawn = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
-    return metrics | update(*of_policy, drawn)
+    return metrics | update(*of_policy, drawn, meter)
 
 
 def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signals:
@@ -453,6 +455,7 @@ def update(
     step: int,
     ptx: Ptx | None = None,
     replayed: Replayed | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """Make epochs x minibatches optimizer steps on a rollout and replayed completions; each adds
     the gradient of `ptx`. Micro-batches without a gradient are left out, but a minibatch that has
@@ -461,7 +464,7 @@ def update(
     total_updates, done = _updates(
         config, step - config.critic_warmup, config.steps - config.critic_warmup
     )
-    meter = Meter()
+    meter = meter or Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
     if replayed is not None:
@@ -536,7 +539,7 @@ def _measured(
         old_entropy=seen_2N[1],
     ).select(members)
     found = measure(first, control.kl.coef, config, scored_N[batch.slots(members)])
-    return found | {"num_tokens": float(batch.num_tokens)}
+    return found | {"step_tokens": float(batch.num_tokens)}
 
 
 def update_critic(
@@ -576,7 +579,7 @@ def update_critic(
     return (
         value_metrics(stats, len(norms))
         | {"critic/grad_norm": sum(norms) / len(norms)}
-        | learner.metrics("critic/lr", "critic/")
+        | learner.metrics("critic/learning_rate", "critic/")
     )
 
 

@@ -114,6 +114,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
                     }
                     for b in kept[:4]
                 ],
+                experience.columns,
             )
             run.save_if_due(step)
         if config.lora is not None:
@@ -193,7 +194,7 @@ def _describe(
     found = {
         "kept/fraction": len(kept) / len(groups),
         "kept/prompts_skipped": float(config.prompts_per_step - len({groups[b] for b in kept})),
-        "num_tokens": float(batch.num_tokens),
+        "step_tokens": float(batch.num_tokens),
     }
     if kept:
         scores = batch.column("scores").tolist()

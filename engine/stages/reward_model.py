@@ -106,7 +106,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
                 metrics = gradients(update, model, chosen, config)
             metrics |= {
                 "grad_norm": update.grad_norm,
-                "num_tokens": float(sum(c.tokens for c in chosen)),
+                "step_tokens": float(sum(c.tokens for c in chosen)),
             } | learner.metrics()
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with run.time("evaluate"):

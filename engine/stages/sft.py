@@ -73,7 +73,7 @@ def _train(config: SFTConfig, ranks: Ranks) -> SFTResult:
             train, config.sequences_per_step, config.epochs, model=learner
         ):
             if step == 0 and held and config.eval_every:
-                run.metrics.log(0, held_loss())
+                run.record(0, held_loss())
             batch = PackedBatch.from_masked(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
             groups = batch.split(config.tokens_per_microbatch)
@@ -90,7 +90,7 @@ def _train(config: SFTConfig, ranks: Ranks) -> SFTResult:
                 "loss": loss,
                 "perplexity": math.exp(min(80.0, loss)),
                 "grad_norm": update.grad_norm,
-                "num_tokens": float(batch.num_tokens),
+                "step_tokens": float(batch.num_tokens),
             } | learner.metrics()
             if held and (
                 step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)

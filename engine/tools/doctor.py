@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from fusedrl.engine.base.memory import format_bytes
 from fusedrl.engine.model import step
-from fusedrl.engine.watch.plan import format_bytes, machine_memory
+from fusedrl.engine.watch.plan import machine_memory
 from fusedrl.kernels import attention
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.dispatch import Implementations, unavailable

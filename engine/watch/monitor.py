@@ -2,7 +2,7 @@
 reward-hacking alarm, and a message if all rewards are equal. Monitoring does not change training by
 a single bit.
 
-    <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the line of
+    <run>/metrics.jsonl        eval_... in the lines of the steps that were evaluated; the line of
                                step 0 is the policy before training
     <run>/samples_eval.jsonl   completions of the same few prompts at every evaluation: step,
                                prompt, completion, scores by name
@@ -83,10 +83,10 @@ class Monitor:
     def begin(self) -> None:
         """Evaluate the policy before its first step. A resumed run skips this."""
         if self._held_out is not None and self._run.start == 0:
-            self._run.metrics.log(0, self._held_out.evaluate(0))
+            self._run.record(0, self._held_out.evaluate(0))
 
     def after(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics to add to those of step `step` (counted from 0): eval/... if an
+        """Return the metrics to add to those of step `step` (counted from 0): eval_... if an
         evaluation is due, and whether the alarm fires."""
         done, found = step + 1, dict[str, float]()
         if self._held_out is not None and self._held_out.due(done):
@@ -266,37 +266,42 @@ class HeldOut:
                 request_ids=range(-1, -1 - count, -1),
                 tokens_per_forward=config.tokens_per_microbatch,
             )  # a rollout's ids are 0 and above
+        shown = []
         for index, example in enumerate(self._prompts[: self._evaluation.show]):
             scores = {
                 name: value if math.isfinite(value := values[index * samples]) else None
                 for name, values in found.scores.items()
             }
-            self._samples.append(
-                {
-                    "step": done,
-                    "prompt": example.prompt,
-                    "completion": found.completions[index * samples],
-                    "scores": scores,
-                }
-            )
+            completion = found.completions[index * samples]
+            shown.append({"prompt": example.prompt, "completion": completion, "scores": scores})
+            self._samples.append({"step": done} | shown[-1])
+        self._run.table(done, "samples_eval", shown)
         return _metrics(found, self._reference is not None)
 
 
 def _metrics(found: Evaluation, referred: bool) -> dict[str, float]:
-    estimates: dict[str, Estimate] = dict(found.rewards) | {
-        "length": found.length,
-        "ended": found.ended,
-        "repeated_trigrams": found.repetition,
-        "loop_fraction": found.loops,
+    """Return an evaluation as metrics: eval_ and the name that the same quantity has in a training
+    step, as TRL names them."""
+    estimates = {_as_in_training(name): value for name, value in found.rewards.items()} | {
+        "completions/mean_length": found.length,
+        "completions/clipped_ratio": Estimate(1 - found.ended.mean, found.ended.error),
+        "completions/repeated_trigrams": found.repetition,
+        "completions/loop_fraction": found.loops,
     }
     estimates |= {f"pass@{k}": value for k, value in found.pass_at.items()} | (
         {"kl": found.kl} if referred else {}
     )
-    metrics = {f"eval/{name}": value.mean for name, value in estimates.items()} | {
-        f"eval/{name}_stderr": value.error for name, value in estimates.items()
+    metrics = {f"eval_{name}": value.mean for name, value in estimates.items()} | {
+        f"eval_{name}_stderr": value.error for name, value in estimates.items()
     }
     return (
         metrics
-        | {"eval/perplexity": found.own_perplexity}
-        | ({"eval/perplexity_ref": found.perplexity} if referred else {})
+        | {"eval_perplexity": found.own_perplexity}
+        | ({"eval_perplexity_ref": found.perplexity} if referred else {})
     )
+
+
+def _as_in_training(name: str) -> str:
+    """Return a training step's name for the mean of a reward: reward, reward/NAME or gold/NAME."""
+    kind, slash, rest = name.partition("/")
+    return f"{'rewards' if kind == 'reward' else kind}/{rest}/mean" if slash else name

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.memory import format_bytes
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig
 from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
 from fusedrl.engine.data.readers import ReadOptions, load_prompts, parse_data
@@ -791,11 +792,6 @@ def cache_for(config: PolicyConfig | RejectionConfig, devices: int = 1) -> Cache
             "plan shows what would fit"
         )
     return CacheConfig(num_blocks=planner.num_blocks)
-
-
-def format_bytes(count: int) -> str:
-    """Write a number of bytes in GiB, or in MiB below 0.1 GiB."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
 
 
 def _cache_row(found: Plan) -> str:

@@ -130,7 +130,7 @@ def test_ppo(directory, tmp_path, write_jsonl, strict, device):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
-        assert row["sampling/logp_diff_max"] <= (0.0 if strict else 1e-4)
+        assert row["sampling/sampling_logp_difference/max"] <= (0.0 if strict else 1e-4)
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
     before, after = (
         load_decoder(directory, dtype="float32", device=device),

@@ -655,7 +655,7 @@ def test_ppo_against_the_policy_with_its_adapter_off(ppo, strict, tiny_model, tm
     assert second["kl"] > 1e-4
     for row in (first, second):
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
-        assert row["sampling/logp_diff_max"] <= (0.0 if strict else 1e-4)
+        assert row["sampling/sampling_logp_difference/max"] <= (0.0 if strict else 1e-4)
     saved = load_file(
         sorted((Path(config.run.dir) / "checkpoints").iterdir())[-1] / "model.safetensors"
     )

@@ -63,9 +63,12 @@ def test_updates_are_those_of_adamw_at_the_schedules_rate(device):
         adam.step()
         assert total.item() == pytest.approx(loss.item(), rel=1e-5)
         assert update.grad_norm == pytest.approx(norm, rel=1e-5)
-        assert learner.metrics()["lr"] == pytest.approx(rate)
+        assert learner.metrics()["learning_rate"] == pytest.approx(rate)
         torch.testing.assert_close(model.weight, by_hand.weight, rtol=1e-5, atol=1e-6)
-    assert set(learner.metrics("critic/lr", "critic/")) == {"critic/lr", "critic/below_epsilon"}
+    assert set(learner.metrics("critic/learning_rate", "critic/")) == {
+        "critic/learning_rate",
+        "critic/below_epsilon",
+    }
     learner.release()
     assert model.weight.grad is None
     assert learner.skipped == 0

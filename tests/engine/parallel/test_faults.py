@@ -166,7 +166,7 @@ def test_a_reward_that_is_only_measured_is_divided_as_well(noted):
     steps, evaluations = 4, 2 * 5 * 2  # before the first step and after it
     assert sum(map(sum, calls)) == steps + evaluations, calls
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert all("eval/gold/noted" in row for row in rows[:1] + rows[-1:])
+    assert all("eval_gold/noted/mean" in row for row in rows[:1] + rows[-1:])
 
 
 def test_metrics_of_the_division_are_those_of_the_page(noted):

@@ -324,7 +324,7 @@ def test_a_sampler_that_is_off_is_reported_and_corrected(make, monkeypatch, devi
         assert row["correction/max"] > 1.5
         assert 0.8 < row["correction/ess"] < 0.99
         assert 0.05 < row["correction/chi2"] < 0.3
-        assert row["sampling/logp_diff_mean"] == pytest.approx(
+        assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(
             0.3 * math.sqrt(2 / math.pi), rel=0.3
         )
     assert "correction/mean" not in rows["none"][0]
@@ -352,9 +352,9 @@ def test_bypass_saves_the_scoring(make, monkeypatch):
         train_policy(make(name=name, epochs=2, minibatches=2, correction=correction, steps=1))
     assert scored == [True, False]
     row, other = (_metrics(make(name=name))[0] for name in ("bypass", "scored"))
-    assert row["sampling/logp_diff_max"] <= 1e-4
+    assert row["sampling/sampling_logp_difference/max"] <= 1e-4
     assert row["policy/first_ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    assert row["num_tokens"] == other["num_tokens"]
+    assert row["step_tokens"] == other["step_tokens"]
     assert row["entropy"] == pytest.approx(other["entropy"], rel=0.2)
     assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
 

@@ -251,7 +251,8 @@ def test_it_learns_what_the_prompt_tells(ppo):
         row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0 for row in rows
     )
     assert all(
-        {"loss/value_avg", "val/clipfrac_avg", "critic/grad_norm", "critic/lr"} <= row.keys()
+        {"loss/value_avg", "val/clipfrac_avg", "critic/grad_norm", "critic/learning_rate"}
+        <= row.keys()
         for row in rows
     )
     assert not (Path(config.run.dir) / "model" / "value_head.safetensors").exists()
@@ -388,15 +389,15 @@ def test_warm_up_trains_the_critic_alone(ppo):
     config = ppo(steps=4, **common)
     train_policy(config)
     rows = _metrics(config)
-    assert ["lr" in row for row in rows] == [False, False, True, True]
+    assert ["learning_rate" in row for row in rows] == [False, False, True, True]
     assert [row["kl_coef"] for row in rows[:3]] == [0.1] * 3
     assert rows[3]["kl_coef"] != 0.1
     assert all(row["kl"] == pytest.approx(0.0, abs=1e-6) for row in rows[:3])
     assert all(row["critic/grad_norm"] > 0 for row in rows)
     # of eight steps the fourth: its own warm-up of two began here
-    assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / (8 - 2))
-    assert rows[3]["lr"] == pytest.approx(3e-3 * (8 - 7) / (8 - 2))
-    assert rows[3]["critic/lr"] == pytest.approx(3e-3 / 16)
+    assert rows[2]["learning_rate"] == pytest.approx(3e-3 * (8 - 3) / (8 - 2))
+    assert rows[3]["learning_rate"] == pytest.approx(3e-3 * (8 - 7) / (8 - 2))
+    assert rows[3]["critic/learning_rate"] == pytest.approx(3e-3 / 16)
     config = ppo(
         name="unscored",
         algorithm="a2c",
@@ -677,13 +678,13 @@ def test_a_head_on_the_trunk_warms_up_alone(ppo, device):
     train_policy(config)
     rows = _metrics(config)
     assert (
-        ["lr" in row for row in rows]
-        == ["critic/lr" not in row for row in rows]
+        ["learning_rate" in row for row in rows]
+        == ["critic/learning_rate" not in row for row in rows]
         == [False, False, True, True]
     )
     assert [row["kl_coef"] for row in rows[:3]] == [0.1] * 3
-    assert rows[1]["critic/lr"] == pytest.approx(1e-2 / 8)  # of eight steps the last
-    assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / 8)
+    assert rows[1]["critic/learning_rate"] == pytest.approx(1e-2 / 8)  # of eight steps the last
+    assert rows[2]["learning_rate"] == pytest.approx(3e-3 * (8 - 3) / 8)
     start, saved = (
         dict(
             load_decoder(config.model, dtype="float32", device=device).named_parameters(

@@ -140,7 +140,13 @@ def test_what_is_left_out_changes_no_bit(make, trained, algorithm):
     for row, other in zip(rows, whole_rows, strict=True):
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
         assert other["policy/left_out_fraction"] == 0
-        for name in ("entropy", "reward", "sampling/logp_diff_max", "num_tokens", "grad_norm"):
+        for name in (
+            "entropy",
+            "reward",
+            "sampling/sampling_logp_difference/max",
+            "step_tokens",
+            "grad_norm",
+        ):
             assert row[name] == other[name], name
         assert row["loss/policy_avg"] == pytest.approx(other["loss/policy_avg"], rel=1e-5, abs=1e-9)
 
@@ -306,6 +312,6 @@ def test_metrics_of_a_rollout_that_was_scored_in_part(make, device):
     config = PolicyConfig(**(vars(config) | {"max_logp_diff": 1.0}))
     found = measure(batch, 0.0, config, scored)
     assert found["entropy"] == pytest.approx(2.0)
-    assert found["sampling/logp_diff_mean"] == pytest.approx(0.125)
-    assert found["sampling/logp_diff_max"] == pytest.approx(0.25)
+    assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(0.125)
+    assert found["sampling/sampling_logp_difference/max"] == pytest.approx(0.25)
     assert found["kl"] == pytest.approx(((1.75 + 2.0) + 3 * 2.0) / 2)

@@ -114,7 +114,7 @@ def test_every_algorithm_trains(make, algorithm, device):
             for value in row.values()
             if isinstance(value, float)
         )
-        assert row["sampling/logp_diff_max"] <= 1e-4
+        assert row["sampling/sampling_logp_difference/max"] <= 1e-4
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
         assert row["entropy"] > 1.0
         assert {
@@ -178,7 +178,7 @@ def test_scoring_first_changes_nothing_on_policy(make, device):
         for name in (
             "entropy",
             "kl",
-            "sampling/logp_diff_mean",
+            "sampling/sampling_logp_difference/mean",
             "loss/policy_avg",
             "grad_norm",
             "perplexity",

@@ -244,7 +244,7 @@ def test_a_run_replays(make, algorithm, kwargs):
         )
         # of the new ones
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
-        assert row["sampling/logp_diff_max"] <= 1e-4
+        assert row["sampling/sampling_logp_difference/max"] <= 1e-4
     for row in rows[1:]:
         assert row["replay/fraction"] == 0.5
         assert 0.1 < row["replay/ess"] < 1.0

@@ -58,9 +58,16 @@ def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
                         .replace("<phase>", "(?!step)[a-z_]+")
                     )
                     found[name] = re.compile(
-                        text + ("(_stderr)?" if name.startswith("eval/") else "")
+                        text + ("(_stderr)?" if name.startswith("eval_") else "")
                     )
     return found
+
+
+def test_every_metric_has_a_unit():
+    pages = PAGE.split("## Names of TRL")[0]
+    rows = [line.split(" | ") for line in pages.splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    assert not [row[0] for row in rows if len(row) != 4 or not row[2].strip()]
 
 
 def _names(directory: str) -> set[str]:

@@ -1,7 +1,5 @@
-"""Metrics and progress: valid JSON always, resume without duplicates or gaps, quiet off the
-terminal."""
+"""Metrics: valid JSON always, resume without duplicates or gaps."""
 
-import io
 import json
 import math
 import time
@@ -9,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress
+from fusedrl.engine.runs.metrics import JsonLines, Metrics
 
 
 def _read(run):
@@ -91,38 +89,3 @@ def test_json_lines_refuse_what_json_has_not(tmp_path):
         lines.append({"step": 1, "text": "a\nb\u2028€"})
     with JsonLines(tmp_path / "samples.jsonl", resume_step=1) as lines:
         assert lines.last == {"step": 1, "text": "a\nb\u2028€"}
-
-
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_off_the_terminal_a_plain_line_now_and_then_and_at_the_end():
-    stream = io.StringIO()
-    with Progress(1000, stream=stream, title="sft") as progress:
-        for step in range(1, 1001):
-            progress.update(step, {"loss": 1 / step, "other": 3, "lr": 1e-5})
-    assert stream.getvalue().splitlines() == [
-        "sft 1/1000  loss 1  lr 1e-05",
-        "sft 1000/1000  loss 0.001  lr 1e-05",
-    ]
-
-
-def test_on_a_terminal_a_bar_and_a_table():
-    stream = _Terminal()
-    with Progress(3, stream=stream, start=1) as progress:
-        progress.update(2, {})
-        progress.update(3, {"reward": 0.25, "kl": math.nan})
-    shown = stream.getvalue()
-    assert "3/3" in shown
-    assert "reward" in shown
-    assert "0.25" in shown
-    assert "nan" in shown
-
-
-def test_disabled_shows_nothing():
-    for stream in (io.StringIO(), _Terminal()):
-        with Progress(1, False, stream=stream) as progress:
-            progress.update(1, {"loss": 1})
-        assert stream.getvalue() == ""

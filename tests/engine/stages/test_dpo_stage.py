@@ -108,7 +108,7 @@ def test_an_adapter_learns_against_the_model_without_it(config):
     rows = _metrics(config)
     assert rows[0]["rewards/margins"] == 0.0
     assert rows[-1]["rewards/margins"] > 0.3
-    assert rows[-1]["eval_accuracy"] == 1.0
+    assert rows[-1]["eval_rewards/accuracies"] == 1.0
 
 
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "robust"])
@@ -123,7 +123,7 @@ def test_the_other_losses_train_too(config, loss):
         )
     )
     rows = _metrics(config)
-    assert rows[-1]["eval_accuracy"] >= 0.75
+    assert rows[-1]["eval_rewards/accuracies"] >= 0.75
     assert rows[-1]["loss"] < rows[0]["loss"]
     if loss == "ipo":  # (0 - 1 / (2 beta))^2
         assert rows[0]["loss"] == pytest.approx(25.0, rel=1e-12)
@@ -180,8 +180,8 @@ def test_losses_are_those_of_transformers_in_float64(config, device):
     ):
         found = evaluate(actor, Frozen(reference), pairs, replace(config, **options))
         assert found["eval_loss"] == pytest.approx(sum(map(expected, h)) / len(h), rel=1e-4)
-        assert found["eval_margin"] == pytest.approx(0.1 * sum(h) / len(h), rel=1e-4)
-        assert found["eval_accuracy"] == sum(d > 0 for d in h) / len(h)
+        assert found["eval_rewards/margins"] == pytest.approx(0.1 * sum(h) / len(h), rel=1e-4)
+        assert found["eval_rewards/accuracies"] == sum(d > 0 for d in h) / len(h)
 
 
 def test_the_micro_batch_split_does_not_change_the_gradient(config):
@@ -261,7 +261,7 @@ def test_ties_teach_nothing_and_are_not_judged(config, write_jsonl):
     assert row["grad_norm"] == 0.0
     assert row["loss"] == pytest.approx(math.log(2), rel=1e-15)
     assert "rewards/accuracies" not in row
-    assert "eval_accuracy" not in row
+    assert "eval_rewards/accuracies" not in row
     assert row["eval_pairs"] == 2.0
     assert math.isnan(result.accuracy)
 
@@ -325,10 +325,11 @@ def test_weights_and_labels_stay_with_their_pairs(config, device):
     )
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (0.1 * scores.h).tolist() == pytest.approx(
-        [one["eval_margin"] for one in alone], rel=1e-4, abs=1e-7
+        [one["eval_rewards/margins"] for one in alone], rel=1e-4, abs=1e-7
     )
     right = sum(
-        one["eval_margin"] * (pair.label - 0.5) > 0 for pair, one in zip(pairs, alone, strict=True)
+        one["eval_rewards/margins"] * (pair.label - 0.5) > 0
+        for pair, one in zip(pairs, alone, strict=True)
     )
     assert dpo.agreement(scores, pairs) == (right, 5)
 

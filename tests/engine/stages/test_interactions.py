@@ -108,7 +108,7 @@ def _trained(found: dict[str, Any]) -> dict[str, Any]:
     }
     return parts | {
         "steps": [
-            {key: value for key, value in line.items() if not key.startswith("eval/")}
+            {key: value for key, value in line.items() if not key.startswith("eval_")}
             for line in _steps(found)
         ]
     }
@@ -163,7 +163,7 @@ def test_pair(place, row, a, b):
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert (line["policy/first_ratio_min"], line["policy/first_ratio_max"]) == (1.0, 1.0)
-        assert line["sampling/logp_diff_max"] <= (
+        assert line["sampling/sampling_logp_difference/max"] <= (
             0.0 if "strict" in names else 2e-2 if "bfloat16" in names else 1e-4
         )
         assert line["grad_norm"] > 0

@@ -113,7 +113,7 @@ def test_ratio_is_exactly_one_before_the_first_update(ppo):
     for row in rows:
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
         assert row["policy/first_approxkl"] == row["policy/first_clipfrac"] == 0.0
-        assert row["sampling/logp_diff_max"] <= 1e-4
+        assert row["sampling/sampling_logp_difference/max"] <= 1e-4
         assert row["sampling/ratio_outside_fraction"] == 0.0
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
@@ -127,7 +127,8 @@ def test_strict_runs_have_no_difference_at_all(ppo):
     rows = _metrics(ppo())
     assert len(rows) == 3
     for row in rows:
-        assert row["sampling/logp_diff_max"] == row["sampling/logp_diff_mean"] == 0.0
+        assert row["sampling/sampling_logp_difference/max"] == 0.0
+        assert row["sampling/sampling_logp_difference/mean"] == 0.0
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
     assert rows[0]["kl"] == 0.0, "the reference is the policy, and scored as strictly"
     assert rows[2]["kl"] > 1e-4

@@ -104,7 +104,7 @@ def test_held_out_loss_while_training(config):
     rows = _metrics(watched)
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 4]
     assert rows[0].keys() == {"step", "eval_loss", "timing/evaluate"}
-    kept = ("loss", "grad_norm", "lr", "num_tokens")
+    kept = ("loss", "grad_norm", "learning_rate", "step_tokens")
     assert [[row[name] for name in kept] for row in rows[1:]] == [
         [row[name] for name in kept] for row in _metrics(plain)
     ]  # and nothing else changes

@@ -128,7 +128,7 @@ def _steps(config):
         {
             k: v
             for k, v in row.items()
-            if not k.startswith(("timing/", "mem/", "tokens_per_s", "eval/"))
+            if not k.startswith(("timing/", "mem/", "tokens_per_s", "eval_"))
         }
         for row in _rows(config)
         if row["step"]
@@ -181,7 +181,7 @@ def test_training_is_bitwise_what_it_is_without(make, options):
         plain
     )
     assert _rows(plain, "samples.jsonl") == _rows(watched, "samples.jsonl")
-    assert [row["step"] for row in _rows(watched) if "eval/reward" in row] == [0, 2, 4]
+    assert [row["step"] for row in _rows(watched) if "eval_reward" in row] == [0, 2, 4]
 
 
 def test_cached_prefixes_of_held_out_prompts_are_forgotten(make):
@@ -262,22 +262,24 @@ def test_what_an_evaluation_reports(make, tiny_model):
     lengths = [len(c.token_ids) for out in outs for c in out]
     scores = [float(length % 2) for length in lengths]
     per_prompt = [(a + b) / 2 for a, b in zip(scores[::2], scores[1::2], strict=True)]
-    assert first["eval/reward"] == pytest.approx(sum(scores) / 10)
-    assert first["eval/reward_stderr"] == pytest.approx(
+    assert first["eval_reward"] == pytest.approx(sum(scores) / 10)
+    assert first["eval_reward_stderr"] == pytest.approx(
         torch.tensor(per_prompt, dtype=torch.float64).std().item() / 5**0.5
     )
-    assert first["eval/pass@1"] == first["eval/reward"]
-    assert first["eval/pass@2"] == pytest.approx(
+    assert first["eval_pass@1"] == first["eval_reward"]
+    assert first["eval_pass@2"] == pytest.approx(
         sum(a or b for a, b in zip(scores[::2], scores[1::2], strict=True)) / 5
     )
-    assert first["eval/length"] == pytest.approx(sum(lengths) / 10)
-    assert first["eval/gold/fresh"] == pytest.approx(
+    assert first["eval_completions/mean_length"] == pytest.approx(sum(lengths) / 10)
+    assert first["eval_gold/fresh/mean"] == pytest.approx(
         sum(len(set(c.token_ids)) / len(c.token_ids) for out in outs for c in out) / 10
     )
-    assert first["eval/ended"] == sum(c.finish_reason == "stop" for out in outs for c in out) / 10
-    assert first["eval/kl"] == first["eval/kl_stderr"] == 0.0
-    assert first["eval/perplexity"] == first["eval/perplexity_ref"] > 1
-    assert rows[-1]["eval/kl"] != 0.0
+    assert first["eval_completions/clipped_ratio"] == pytest.approx(
+        sum(c.finish_reason != "stop" for out in outs for c in out) / 10
+    )
+    assert first["eval_kl"] == first["eval_kl_stderr"] == 0.0
+    assert first["eval_perplexity"] == first["eval_perplexity_ref"] > 1
+    assert rows[-1]["eval_kl"] != 0.0
     assert rows[-1]["timing/evaluate"] > 0
     samples = _rows(config, "samples_eval.jsonl")
     assert [(row["step"], row["prompt"]) for row in samples] == [
@@ -294,10 +296,10 @@ def test_without_a_reference_and_with_rewards_that_are_no_passes(make):
     config = make(kl=KLConfig(coef=0.0), steps=1, reward="fresh")
     train_policy(config)
     for row in _rows(config):
-        assert "eval/kl" not in row
-        assert "eval/perplexity_ref" not in row
-        assert "eval/perplexity" in row
-        assert not any(name.startswith("eval/pass@") for name in row)
+        assert "eval_kl" not in row
+        assert "eval_perplexity_ref" not in row
+        assert "eval_perplexity" in row
+        assert not any(name.startswith("eval_pass@") for name in row)
 
 
 def test_resume_continues_bitwise(make):
@@ -346,7 +348,7 @@ def test_a_resumed_run_may_be_watched_otherwise(make):
     train_policy(replace(more, run=replace(more.run, resume=True)))
     rows = _rows(config)
     assert ["alarm/reward_hacking" in row for row in rows] == [True, True, False, False]
-    assert ["eval/reward" in row for row in rows] == [False, False, False, True]
+    assert ["eval_reward" in row for row in rows] == [False, False, False, True]
     with pytest.raises(ConfigError, match="loss"):
         changed = replace(
             more, loss=replace(more.loss, lam=0.5), run=replace(more.run, resume=True)
@@ -656,7 +658,7 @@ def test_which_rollouts_teach_nothing(make):
             [flat] * 5
             + [some]
             + [of_prompts] * 2
-            + [{"eval/reward": 1.0}]
+            + [{"eval_reward": 1.0}]
             + [of_prompts, of_prompts]
             + [flat] * 6
         )

@@ -14,7 +14,7 @@ def run(tmp_path, monkeypatch):
     directory = tmp_path / "run"
     directory.mkdir()
     metrics = [
-        {"step": 0, "eval/reward": 0.125},
+        {"step": 0, "eval_reward": 0.125},
         *(
             {
                 "step": step,
@@ -79,7 +79,7 @@ def test_report(run, capsys):
     }
     assert rows["reward"] == ["0.125", "0.375", "0.625", "0.125", "0.625"]
     assert rows["kl"] == ["2", "8", "10", "2", "10"]
-    assert rows["eval/reward"] == ["0.125"] * 5
+    assert rows["eval_reward"] == ["0.125"] * 5
     assert "odd" not in rows
     text = " ".join(shown.split())
     assert (
