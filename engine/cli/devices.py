@@ -1,5 +1,5 @@
-"""fusedrl train ... --devices N: run the same command in N processes on this machine, each with one
-device.
+"""--devices N of train, judge and eval: run the same command in N processes on this machine, each
+with one device.
 
 The processes find one another through a file, and communicate only over the loopback interface.
 `torchrun --nproc-per-node N -m fusedrl.engine.cli train ...` does the same with torch's launcher,
@@ -8,6 +8,7 @@ over the interface that torch chooses.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -17,12 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from fusedrl.engine.base.errors import ConfigError, SetupError
+from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped
+
+if TYPE_CHECKING:
+    from fusedrl.engine.parallel.ranks import Ranks
 
 # a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
 PATIENCE = timedelta(hours=1)
@@ -60,12 +64,31 @@ def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"expected --devices to be a whole number >= 1, got {count!r}")
     if "--place" in found:
-        rank, _, rest_of = found["--place"].partition(",")
-        size, _, store = rest_of.partition(",")
-        if not (rank.isdecimal() and size.isdecimal() and store):
-            raise ConfigError("train: --place is for processes that --devices starts; leave it out")
-        place = Place(int(rank), int(size), store)
+        place = _place(found["--place"])
     return rest, int(count), place
+
+
+def _place(text: str) -> Place:
+    rank, _, rest = text.partition(",")
+    size, _, store = rest.partition(",")
+    if not (rank.isdecimal() and size.isdecimal() and store):
+        raise ConfigError("--place is for processes that --devices starts; leave it out")
+    return Place(int(rank), int(size), store)
+
+
+def on_devices(options: argparse.Namespace, work: Callable[[Ranks], None]) -> None:
+    """Call `work` with the ranks of a command that has the options --devices and --place: here, or
+    in as many processes as `options.devices` says, which run `options.argv`."""
+    place = None if options.place is None else _place(options.place)
+    if options.devices > 1 and place is None:
+        if code := launch(options.argv, options.devices):
+            raise Stopped(code)
+        return
+    with joined_by(place):
+        from fusedrl.engine.parallel.ranks import joined
+
+        with joined() as ranks:
+            work(ranks)
 
 
 def resume_command(argv: Sequence[str]) -> str:
@@ -90,15 +113,15 @@ def _resumes(word: str) -> bool:
 
 
 def launch(argv: Sequence[str], count: int, signals: Sequence[str] = ()) -> int:
-    """Run `fusedrl train argv` in `count` processes, and forward signals to all of them, those
-    named too. Return the exit code of the first process that failed, or 0."""
-    _check_cards(count)
+    """Run `fusedrl argv` in `count` processes, and forward signals to all of them, those named too.
+    Return the exit code of the first process that failed, or 0."""
+    _check_cards(argv[0], count)
     with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
         store = str(Path(directory) / "store")
         children = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "fusedrl.engine.cli", "train", *argv),
+                    *(sys.executable, "-P", "-m", "fusedrl.engine.cli", *argv),
                     *("--place", f"{rank},{count},{store}"),
                 ],
                 env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
@@ -110,14 +133,14 @@ def launch(argv: Sequence[str], count: int, signals: Sequence[str] = ()) -> int:
             return _ended(children)
 
 
-def _check_cards(count: int) -> None:
+def _check_cards(command: str, count: int) -> None:
     import torch
 
     there = torch.cuda.device_count()
     if there and count > there:
         raise SetupError(
-            f"train: expected --devices {count} to be at most the {there} GPUs that torch sees; "
-            "each process has one of its own"
+            f"{command}: expected --devices {count} to be at most the {there} GPUs that torch "
+            "sees; each process has one of its own"
         )
 
 

@@ -26,7 +26,9 @@ from importlib.metadata import version
 from typing import Any, Literal, get_args, get_origin
 
 from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped, UserError
+from fusedrl.engine.cli import evaluate
 from fusedrl.engine.cli.bench import bench_options, run_bench
+from fusedrl.engine.cli.chat import chat_options
 from fusedrl.engine.cli.common import (
     CONFIGURATION,
     ENVIRONMENT,
@@ -202,6 +204,8 @@ def _parser() -> Parser:
         )
     )
     add_commands(commands)
+    evaluate.add_commands(commands)
+    chat_options(commands)
     verify_options(commands)
     demo = commands.add_parser(
         "demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False
@@ -238,6 +242,7 @@ def _run(argv: list[str]) -> None:
         return
     parser = _parser()
     options, unknown = parser.parse_known_args(spelled(parser, argv))
+    options.argv = argv
     if unknown:
         refuse_unknown(parser, options, unknown)
     if options.command == "bench":
@@ -281,7 +286,9 @@ def _train(argv: list[str]) -> None:
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
     if devices > 1 and place is None:
-        if code := launch([*argv, f"--devices={devices}"], devices, config.run.signal_names):
+        if code := launch(
+            ["train", *argv, f"--devices={devices}"], devices, config.run.signal_names
+        ):
             raise Stopped(code)
         return
     train = getattr(importlib.import_module(module), function)
