@@ -108,10 +108,10 @@ class Interval:
 
 def student_t(freedom: int) -> float:
     """Return the 97.5% quantile of Student's t with `freedom` >= 1 degrees of freedom, to a
-    thousandth: exact for 1 and 2, else by the expansion at the normal quantile (Abramowitz and
+    thousandth: from a table up to 3, else by the expansion at the normal quantile (Abramowitz and
     Stegun, 1964, 26.7.5)."""
-    if freedom < 3:
-        return (12.7062, 4.30265)[freedom - 1]
+    if freedom < 4:
+        return (12.7062, 4.30265, 3.18245)[freedom - 1]
     z, v = 1.959964, float(freedom)
     return (
         z

@@ -138,7 +138,7 @@ async def _rated(
 
     where = f"the endpoint {client.base_url}"
     # the client's limit is on each part of a reply, and a reply may trickle
-    most = (timeout + 8.0) * (retries + 1)
+    most = timeout * (retries + 1) + sum(min(8.0, 0.5 * 2**i) for i in range(retries))
     try:
         reply = await asyncio.wait_for(
             client.chat.completions.create(

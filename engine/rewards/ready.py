@@ -85,8 +85,9 @@ def math_verify(
     else 0; None for rows without a right answer.
 
     It reads LaTeX and plain expressions and compares them with sympy, so 2x + 2 equals 2(x + 1). A
-    plain right answer is read as it stands and within $...$. Reading and comparing may take five
-    seconds each, and then count as wrong; the limit needs the main thread, elsewhere there is none.
+    right answer without marks of LaTeX is read as if it stood in $...$. Reading and comparing may
+    take five seconds each, and then count as wrong; the limit needs the main thread, elsewhere
+    there is none.
 
     Args:
         column: as for `exact_match`.
@@ -112,7 +113,8 @@ def math_verify(
 
     def gold(value: Any) -> Any:
         text = str(value)
-        return read(text) or read(f"${text}$")
+        written = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
+        return (None if written else read(f"${text}$")) or read(text)
 
     return [
         None
@@ -278,6 +280,8 @@ def ready(spec: str) -> Ready | None:
     for part in re.split(rf",(?=(?:{'|'.join(known)})=)", rest) if colon else []:
         key, equals, value = part.partition("=")
         if not equals or key not in known:
+            if key in known:
+                raise RewardError(f"reward {spec!r}: expected a value, {name}:{key}=...")
             near = difflib.get_close_matches(key, known, 1)
             raise RewardError(
                 f"reward {spec!r}: {name} has no option {key!r}"

@@ -7,6 +7,8 @@ from typing import Any
 
 from fusedrl.engine.base.errors import RewardError
 
+ARGUMENTS = {"prompts", "completion_ids"}  # what every reward is given besides columns
+
 
 def text_of(completion: Any) -> str:
     """Return a completion's text. If the prompt is a list of messages, the completion is one, too,
@@ -26,9 +28,9 @@ def column_of(
     found = next((one for one in ([name] if name else usual) if one in columns), None)
     if found is None:
         needs = f"the column {name!r}" if name else f"one of the columns {', '.join(usual)}"
+        there = ", ".join(sorted(set(columns) - ARGUMENTS)) or "none"
         raise RewardError(
-            f"reward {reward!r} needs {needs} of the data, which has "
-            f"{', '.join(sorted(columns)) or 'none'} beside the prompt; name another by "
-            f"{reward}:column=NAME"
+            f"reward {reward!r} needs {needs} of the data, which has {there} beside the prompt; name "
+            f"another by {reward}:column=NAME"
         )
     return found, columns[found]

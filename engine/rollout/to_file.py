@@ -1,9 +1,9 @@
 """Completions of many prompts, written to a file as JSON lines.
 
 While it is written, FILE.part holds the completions of every finished prompt, below a line that
-says how they were made. A later call with the same settings goes on from there; draws depend on the seed
-and the number of the prompt, so the file is the same as without the interruption (on a CPU to the
-bit). FILE appears at the end, whole and in the order of the prompts.
+says how they were made. A later call with the same settings goes on from there; draws depend on the
+seed and the number of the prompt, so the file is the same as without the interruption (on a CPU to
+the bit). FILE appears at the end, whole and in the order of the prompts.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Chat:
         for speaker in self._speakers:
             if not speaker.chats:
                 self._say(
-                    f"{speaker.name} has no chat template: it continues your text, and all before it"
+                    f"{speaker.name} has no chat template: it continues your text, and all before"
                 )
         if self._person:
             self._say("/help lists what there is besides messages; /quit or Ctrl-D ends")

@@ -178,7 +178,9 @@ def _kind(reason: str) -> str:
     if head.startswith("no reward applies"):
         return "None: does not apply"
     if head.startswith("expected a finite number"):
-        return "NaN" if "nan" in got.lower() else "infinite"
+        return {"nan": "NaN", "inf": "infinite", "-inf": "infinite"}.get(got, "no number")
+    if head.startswith("expected a number of at most"):
+        return "too large"
     if head.startswith("expected a number"):
         return "no number"
     return head[:80]
