@@ -30,7 +30,7 @@ def column_of(
         needs = f"the column {name!r}" if name else f"one of the columns {', '.join(usual)}"
         there = ", ".join(sorted(set(columns) - ARGUMENTS)) or "none"
         raise RewardError(
-            f"reward {reward!r} needs {needs} of the data, which has {there} beside the prompt; name "
-            f"another by {reward}:column=NAME"
+            f"reward {reward!r} needs {needs} of the data, which has {there} beside the prompt; "
+            f"name another by {reward}:column=NAME"
         )
     return found, columns[found]

@@ -69,9 +69,7 @@ def test_a_column_that_a_row_lacks_is_none(write_jsonl):
 
 
 def test_files_that_hold_no_answers(write_jsonl, tmp_path):
-    with pytest.raises(
-        DataError, match=r"expected rows with answers.*found 'prompt'. Give --model"
-    ):
+    with pytest.raises(DataError, match=r"rows with answers.*found 'prompt'. Give --model"):
         load_answered(write_jsonl("rows.jsonl", [{"prompt": "p"}]))
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match=r"no usable row .the file is empty"):
