@@ -170,6 +170,7 @@ def test_mistakes(model, write_jsonl, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.full
 def test_ctrl_c_says_how_to_go_on(model, write_jsonl, tmp_path):
     data = write_jsonl("many.jsonl", [{"prompt": f"p{i}"} for i in range(1500)])
     command = [
