@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -113,12 +114,8 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
     actors = [load_actor(name, options, ranks) for name in names]
     reference = load_actor(options.reference, options, ranks) if options.reference else None
     readers = actors + ([reference] if reference is not None else [])
-    for actor, name in zip(actors, names, strict=True):
-        if reference is not None and _words(actor) != _words(reference):
-            raise ConfigError(
-                f"eval: expected the reference {options.reference} to have the tokenizer of "
-                f"{name}, since it scores the same tokens, and it has another; leave it out"
-            )
+    if reference is not None:
+        _check_reference(reference, actors, options.reference)
     rewards = {"reward": load_rewards(options.reward, actors, ranks)}
     examples = some(readers, everything, options)
     found = []
@@ -163,6 +160,14 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
             told,
             options.output_json,
             lambda: Console(markup=False).print(standing_table(names, rows, title)),
+        )
+
+
+def _check_reference(reference: HybridActor, actors: Sequence[HybridActor], name: str) -> None:
+    if any(_words(actor) != _words(reference) for actor in actors):
+        raise ConfigError(
+            f"eval: expected the reference {name} to have the tokenizer of the models, since it "
+            "scores the same tokens, and it has another; leave --reference out"
         )
 
 

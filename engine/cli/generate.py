@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from fusedrl.engine.base.errors import ConfigError
@@ -146,14 +147,8 @@ def _generate_file(actor: HybridActor, options: argparse.Namespace, params: Samp
 
     from fusedrl.engine.config.base import require
     from fusedrl.engine.data.readers import load_prompts
-    from fusedrl.engine.model.directories import resolve_directory
     from fusedrl.engine.rollout.prompts import check_stop_tokens
-    from fusedrl.engine.rollout.to_file import (
-        encode_all,
-        generate_to_file,
-        sampling_settings,
-        weights_of,
-    )
+    from fusedrl.engine.rollout.to_file import encode_all, generate_to_file
 
     check_stop_tokens("--stop_token_ids", options.stop_token_ids, actor.decoder.config)
     positions = actor.decoder.config.max_positions
@@ -161,18 +156,7 @@ def _generate_file(actor: HybridActor, options: argparse.Namespace, params: Samp
     require(room >= 1, "--max_new_tokens", f"below the model's {positions} positions", positions)
     examples = load_prompts(options.data)
     ids, longer = encode_all(actor, examples, room)
-    settings = {
-        "model": options.model,
-        "weights": [
-            weights_of(resolve_directory(path))
-            for path in (options.model, options.adapter)
-            if path is not None
-        ],
-        "adapter": options.adapter,
-        "prompts": crc32(json.dumps(sorted(ids.items())).encode()),
-        "dtype": str(actor.decoder.dtype),
-        "logprobs": options.logprobs,
-    } | sampling_settings(params)
+    settings = _settings(actor, options, ids, params)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(
@@ -204,6 +188,27 @@ def _generate_file(actor: HybridActor, options: argparse.Namespace, params: Samp
         + (f"; {longer} prompts of more than {room} tokens were left out" if longer else "")
         + f"; {found.tokens:,} tokens in {found.seconds:.1f} s"
     )
+
+
+def _settings(
+    actor: HybridActor,
+    options: argparse.Namespace,
+    ids: Mapping[int, list[int]],
+    params: SamplingParams,
+) -> dict[str, Any]:
+    """Return all that decides the completions."""
+    from fusedrl.engine.model.directories import resolve_directory
+    from fusedrl.engine.rollout.to_file import sampling_settings, weights_of
+
+    paths = [path for path in (options.model, options.adapter) if path is not None]
+    return {
+        "model": options.model,
+        "weights": [weights_of(resolve_directory(path)) for path in paths],
+        "adapter": options.adapter,
+        "prompts": crc32(json.dumps(sorted(ids.items())).encode()),
+        "dtype": str(actor.decoder.dtype),
+        "logprobs": options.logprobs,
+    } | sampling_settings(params)
 
 
 def _generate_best(actor: HybridActor, options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ _LATE = 15.0  # seconds that the limits may take beyond the program's own
 
 
 class Ran(NamedTuple):
-    """What came of a program: its exit code (negative: the signal that ended it), why it ended
+    """Result of a program: its exit code (negative: the signal that ended it), why it ended
     ("itself", "time" or "output"), and what it wrote."""
 
     code: int

@@ -28,7 +28,7 @@ from fusedrl.engine.generation.sampler import SamplingParams
 
 @dataclass(frozen=True)
 class Written:
-    """What a call has written.
+    """Size of what a call has written.
 
     Attributes:
         prompts, completions: in the file.

@@ -63,7 +63,7 @@ class Sample:
 
 @dataclass
 class Tried:
-    """What came of one pass over the samples, with one entry per sample: its value (nan where there
+    """Results of one pass over the samples, with one entry per sample: its value (nan where there
     is none), and the kind of its failure ("" where there is none).
 
     Attributes:
@@ -208,7 +208,7 @@ def _limited(seconds: float, count: int) -> Iterator[None]:
 # ---- the report ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Agreement:
-    """How far two rewards agree: rank correlations over the completions with both values, and the
+    """Agreement of two rewards: rank correlations over the completions with both values, and the
     share of the pairs of a prompt ordered alike, of those that both order."""
 
     name: str

@@ -161,7 +161,7 @@ def test_mistakes(folder, capsys, tmp_path):
     for changed, message in (
         ({"--n": 2, "--temperature": 0}, "expected --n 1 at --temperature 0"),
         ({"--right": "nan"}, "expected --right to be a number"),
-        ({"--reference": other}, "to have the tokenizer of"),
+        ({"--reference": other}, "to have the tokenizer of the models"),
         ({"--data": tmp_path / "empty.jsonl"}, "the file is empty"),
         ({"--data": tmp_path / "long.jsonl"}, "all 1 examples are longer than 56 tokens"),
         ({"--data": tmp_path / "chat.jsonl"}, "the tokenizer has no chat template"),
