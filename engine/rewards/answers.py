@@ -80,9 +80,9 @@ def same_answer(ours: str, theirs: str) -> bool:
         return ours == theirs
     if _spelled(ours) == _spelled(theirs):
         return True
-    numbers = _number(ours), _number(theirs)
-    if numbers[0] is not None and numbers[1] is not None:
-        (x, percent), (y, percent_too) = numbers
+    number, number_too = _number(ours), _number(theirs)
+    if number is not None and number_too is not None:
+        (x, percent), (y, percent_too) = number, number_too
         return x == y or (percent and x == 100 * y) or (percent_too and y == 100 * x)
     mine, other = _parts(ours), _parts(theirs)
     return (

@@ -1,11 +1,13 @@
 """Ready rewards: right answers, form, length, and how their names and options are read."""
 
 import functools
+import json
 import math
 
 import pytest
 
 from fusedrl.engine.base.errors import RewardError, SetupError
+from fusedrl.engine.cli.main import main
 from fusedrl.engine.rewards import ready as ready_rewards
 from fusedrl.engine.rewards.answers import final_answer, last_number, same_answer
 from fusedrl.engine.rewards.ready import READY, exact_match, length, ready
@@ -237,3 +239,18 @@ def test_they_are_functions_of_trls_contract():
     assert all(READY[name].__doc__ for name in READY)
     assert ready("owner/name") is None
     assert not math.isnan(scored("regex:pattern=a", ["a"]).total[0])
+
+
+def test_a_run_is_trained_on_them(tiny_model, write_jsonl, tmp_path, capsys):
+    data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i}", "target": "w3"} for i in range(4)])
+    code = main(
+        [
+            *("train", "grpo", "--model", str(tiny_model), "--data", data, "--steps", "1"),
+            *("--reward", "length:target=4", "--reward", "regex:pattern=w[1,2]", "--reward"),
+            *("exact_match:find=number", "--prompts_per_step", "2", "--samples_per_prompt", "2"),
+            *("--generation.max_new_tokens", "6", "--run.dir", str(tmp_path / "run")),
+        ]
+    )
+    assert code == 0, capsys.readouterr().err
+    (row,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert {"rewards/length/mean", "rewards/regex/mean", "rewards/exact_match/mean"} <= set(row)
