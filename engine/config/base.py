@@ -412,7 +412,11 @@ class SamplingConfig:
             ("samples_per_prompt", self.samples_per_prompt >= 1, ">= 1"),
             ("epochs", self.epochs >= 1, ">= 1"),
             ("minibatches", self.minibatches >= 1, ">= 1"),
-            ("reward", rewards >= 1, "at least one file.py:function, reward-model directory or ready reward"),
+            (
+                "reward",
+                rewards >= 1,
+                "at least one file.py:function, reward-model directory or ready reward",
+            ),
             (
                 "reward_weights",
                 self.reward_weights is None or len(self.reward_weights) == rewards,

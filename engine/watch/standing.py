@@ -14,7 +14,13 @@ from fusedrl.engine.base.estimates import Interval, pass_at_k
 from fusedrl.engine.rollout.repetition import ends_in_loop, repeated_share
 from fusedrl.engine.watch.evaluate import Measured
 
-SHARES = ("pass_at_", "completions/clipped_ratio", "completions/loop_fraction", "win_rate")
+SHARES = (  # beginnings of names
+    "pass_at_",
+    "win_rate",
+    "completions/clipped_ratio",
+    "completions/repeated_trigrams",
+    "completions/loop_fraction",
+)
 LABELS = {
     "reward": "reward",
     "invalid": "completions without a valid reward",
@@ -66,7 +72,7 @@ def standing(found: Measured, samples: int, *, threshold: float | None = None) -
     rows["perplexity"] = _perplexity(found.own_loss, found.lengths, samples)
     rows["completions/mean_length"] = Interval.mean(found.lengths, samples)
     rows["completions/clipped_ratio"] = Interval.share([1 - one for one in found.ended], samples)
-    rows["completions/repeated_trigrams"] = Interval.mean(
+    rows["completions/repeated_trigrams"] = Interval.share(
         [repeated_share(tokens) for tokens in found.written], samples
     )
     rows["completions/loop_fraction"] = Interval.share(

@@ -201,6 +201,21 @@ def test_two_models_in_columns(talkers, capsys, monkeypatch):
     assert "[theirs]" in capsys.readouterr().out
 
 
+@pytest.mark.real
+def test_a_real_model_is_given_the_whole_conversation(smollm2):
+    """Its answers are those to the messages, rendered and computed anew."""
+    one, greedy = speaker(smollm2), SamplingParams(max_new_tokens=40, temperature=0.0)
+    fresh = HybridActor.from_pretrained(smollm2, device="cpu")
+    messages = []
+    for turn, text in enumerate(["What is the capital of France? \U0001f642", "And of Italy?"]):
+        said = "".join(one.answer(text, greedy, turn))
+        messages.append({"role": "user", "content": text})
+        ((whole,),) = fresh.generate([messages], greedy)
+        assert said == whole.text
+        messages.append({"role": "assistant", "content": said})
+    assert "Paris" in messages[1]["content"]
+
+
 # ---- the command, on a terminal ------------------------------------------------------------------
 class Terminal:
     """`fusedrl chat` on a terminal of its own."""
