@@ -207,7 +207,7 @@ def test_a_real_model_is_given_the_whole_conversation(smollm2):
     one, greedy = speaker(smollm2), SamplingParams(max_new_tokens=40, temperature=0.0)
     fresh = HybridActor.from_pretrained(smollm2, device="cpu")
     messages = []
-    for turn, text in enumerate(["What is the capital of France? \U0001f642", "And of Italy?"]):
+    for turn, text in enumerate(["What is the capital of France?", "And of Italy? \U0001f642"]):
         said = "".join(one.answer(text, greedy, turn))
         messages.append({"role": "user", "content": text})
         ((whole,),) = fresh.generate([messages], greedy)
