@@ -274,6 +274,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talkers):
         terminal.wait_for("there is no /nonsense")
         terminal.type("/tokens 3\nok\n")
         terminal.wait_for("cut off at 3 tokens")
+        terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:
