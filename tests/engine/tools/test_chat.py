@@ -235,16 +235,19 @@ class Terminal:
         self.said = ""
 
     def wait_for(self, text, seconds=60):
+        self.wait_until(lambda said: text in said, seconds)
+        assert text in self.said, self.said[-2000:]
+        self.said = self.said.partition(text)[2]
+
+    def wait_until(self, true, seconds=60):
         last = time.monotonic() + seconds
-        while text not in self.said:
+        while not true(self.said):
             assert time.monotonic() < last, self.said[-2000:]
             if select.select([self._ours], [], [], 0.1)[0]:
                 try:
                     self.said += os.read(self._ours, 65536).decode("utf-8", "replace")
                 except OSError:  # the other end is closed
                     break
-        assert text in self.said, self.said[-2000:]
-        self.said = self.said.partition(text)[2]
 
     def type(self, text):
         os.write(self._ours, text.encode())
@@ -266,7 +269,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talkers):
         terminal.wait_for("> ")
         terminal.type("hi\n")
         terminal.wait_for("hi")
-        time.sleep(1.0)
+        terminal.wait_for("\n")
+        terminal.wait_until(lambda said: len(said) > 20)  # the answer has begun
         terminal.type("\x03")
         terminal.wait_for("(stopped)")
         terminal.wait_for("> ")
