@@ -25,7 +25,7 @@ from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.generation.divided import divided
-from fusedrl.engine.generation.generator import Finished, Generator
+from fusedrl.engine.generation.generator import Drawing, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.directories import resolve_directory
@@ -279,6 +279,25 @@ class HybridActor:
         an adapter, it stays on or off for the whole call, as it was when `stream` was called.
         """
         return self._run(prompts, params, request_ids, to_caller=True)
+
+    def follow(
+        self, prompt: Any, params: SamplingParams | None = None, request_id: int = 0
+    ) -> Iterator[Drawing]:
+        """Complete one prompt, and yield tokens as they are drawn, for someone who reads along.
+        Items are Drawing(token_ids, completion): what a step has added, and with the last of them
+        the completion, None before. `generation.pieces` makes texts of them.
+
+        The completion is that of `generate` with the same arguments, one sample. Closing the
+        iterator discards it. Other calls that run meanwhile are slower: each step hands its tokens
+        out.
+
+        Raises:
+            TypeError, ValueError: as `generate`; `params.n` is not 1.
+        """
+        params = params if params is not None else SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"HybridActor.follow: expected n = 1, got {params.n}")
+        return self._generation().follow(prompt, params, request_id)
 
     def _run(
         self,

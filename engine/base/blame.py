@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusedrl.engine.base.errors import ConfigError, RewardError, Stopped, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """Placeholder for the value of a sample that cannot be scored, with the reason."""
+
+    reason: str
 
 
 def told(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Estimates from samples, with their uncertainty: of a mean, of a share and of pass@k."""
+"""Estimates from samples, with their uncertainty: of means, shares, ratios and pass@k."""
 
 from __future__ import annotations
 
@@ -43,6 +43,83 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% interval, which is nan where nothing is known of it."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def mean(cls, values: Sequence[float], per: int = 1) -> Interval:
+        """Return the mean of values, with Student's interval over prompts, each of which has `per`
+        values that follow one another. Values that are not finite are left out."""
+        found = Estimate.of(values, per)
+        count = sum(
+            any(math.isfinite(value) for value in values[start : start + per])
+            for start in range(0, len(values), per)
+        )
+        half = math.nan if count < 2 else student_t(count - 1) * found.error
+        return cls(found.mean, found.mean - half, found.mean + half)
+
+    @classmethod
+    def share(cls, values: Sequence[float], per: int = 1) -> Interval:
+        """Return the mean of values within [0, 1], with Wilson's interval, one trial a prompt.
+        Values that are not finite are left out."""
+        groups = [
+            [value for value in values[start : start + per] if math.isfinite(value)]
+            for start in range(0, len(values), per)
+        ]
+        means = [math.fsum(group) / len(group) for group in groups if group]
+        if not means:
+            return cls(math.nan, 0.0, 1.0)
+        total = math.fsum(means)
+        return cls(total / len(means), *wilson_interval(total, len(means)))
+
+    @classmethod
+    def ratio(cls, over: Sequence[float], under: Sequence[float], per: int = 1) -> Interval:
+        """Return sum(over) / sum(under), such as a loss per token, with Student's interval over
+        prompts by the linearised variance of a ratio (Cochran, 1977, "Sampling Techniques",
+        6.4)."""
+        pairs = [
+            (math.fsum(over[start : start + per]), math.fsum(under[start : start + per]))
+            for start in range(0, len(over), per)
+        ]
+        whole, count = math.fsum(y for _, y in pairs), len(pairs)
+        if not whole:
+            return cls(math.nan, math.nan, math.nan)
+        ratio = math.fsum(x for x, _ in pairs) / whole
+        if count < 2:
+            return cls(ratio, math.nan, math.nan)
+        spread = math.fsum((x - ratio * y) ** 2 for x, y in pairs) * count / (count - 1)
+        half = student_t(count - 1) * math.sqrt(spread) / whole
+        return cls(ratio, ratio - half, ratio + half)
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the three numbers as JSON values; what is not finite becomes null."""
+        return {
+            name: number if math.isfinite(number) else None
+            for name, number in (("value", self.value), ("low", self.low), ("high", self.high))
+        }
+
+
+def student_t(freedom: int) -> float:
+    """Return the 97.5% quantile of Student's t with `freedom` >= 1 degrees of freedom, to a
+    thousandth: from a table up to 3, else by the expansion at the normal quantile (Abramowitz and
+    Stegun, 1964, 26.7.5)."""
+    if freedom < 4:
+        return (12.7062, 4.30265, 3.18245)[freedom - 1]
+    z, v = 1.959964, float(freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

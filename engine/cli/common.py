@@ -185,18 +185,6 @@ def report_json(found: Any, file: str | None, show: Callable[[], None]) -> None:
         Path(file).write_text(text + "\n", encoding="utf-8")
 
 
-def sampling_params(command: str, **options: Any) -> Any:
-    """Return SamplingParams of a command's options. Raise ConfigError, with the names of the
-    command line, if one is out of range."""
-    from fusedrl.engine.generation.sampler import SamplingParams
-
-    try:
-        return SamplingParams(**options)
-    except ValueError as error:
-        said = str(error).replace("SamplingParams: expected ", f"{command}: expected --", 1)
-        raise ConfigError(said) from error
-
-
 def count(text: str, least: int = 1) -> int:
     """Parse a whole number of at least `least` (0 or 1), as an argparse type."""
     if text.isdecimal() and int(text) >= least:

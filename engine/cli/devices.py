@@ -1,5 +1,5 @@
-"""fusedrl train ... --devices N: run the same command in N processes on this machine, each with one
-device.
+"""--devices N of train, judge and eval: run the same command in N processes on this machine, each
+with one device.
 
 The processes find one another through a file, and communicate only over the loopback interface.
 `torchrun --nproc-per-node N -m fusedrl train ...` does the same with torch's launcher,
@@ -8,6 +8,7 @@ over the interface that torch chooses.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -20,11 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped
 from fusedrl.engine.cli.common import check_device
 from fusedrl.engine.config.base import StageConfig
+
+if TYPE_CHECKING:
+    from fusedrl.engine.parallel.ranks import Ranks
 
 # a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
 PATIENCE = timedelta(hours=1)
@@ -63,11 +67,30 @@ def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"expected --devices to be a whole number >= 1, got {count!r}")
     if "--place" in found:
-        rank, size, parent, store = (*found["--place"].split(",", 3), "", "", "")[:4]
-        if not (rank.isdecimal() and size.isdecimal() and parent.isdecimal() and store):
-            raise ConfigError("train: --place is for processes that --devices starts; leave it out")
-        place = Place(int(rank), int(size), int(parent), store)
+        place = _place(found["--place"])
     return rest, int(count), place
+
+
+def _place(text: str) -> Place:
+    rank, size, parent, store = (*text.split(",", 3), "", "", "")[:4]
+    if not (rank.isdecimal() and size.isdecimal() and parent.isdecimal() and store):
+        raise ConfigError("--place is for processes that --devices starts; leave it out")
+    return Place(int(rank), int(size), int(parent), store)
+
+
+def on_devices(options: argparse.Namespace, work: Callable[[Ranks], None]) -> None:
+    """Call `work` with the ranks of a command that has the options --devices and --place: here, or
+    in as many processes as `options.devices` says, which run `options.argv`."""
+    place = None if options.place is None else _place(options.place)
+    if options.devices > 1 and place is None:
+        if code := launch(options.argv, options.devices, options.device):
+            raise Stopped(code)
+        return
+    with joined_by(place, options.device):
+        from fusedrl.engine.parallel.ranks import joined
+
+        with joined() as ranks:
+            work(ranks)
 
 
 def resume_command(argv: Sequence[str]) -> str:
@@ -139,7 +162,7 @@ def launch(
         ConfigError: `device` names one card, which all processes would share.
         SetupError: there are fewer GPUs than processes.
     """
-    _check_cards(count, device)
+    _check_cards(argv[0], count, device)
     with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
         store = str(Path(directory) / "store")
         children = [
@@ -157,19 +180,19 @@ def launch(
             return _ended(children)
 
 
-def _check_cards(count: int, device: str | None) -> None:
+def _check_cards(command: str, count: int, device: str | None) -> None:
     import torch
 
     if device is not None and torch.device(device).index is not None:
         raise ConfigError(
-            f"train: expected --device {torch.device(device).type} with --devices {count}, got "
+            f"{command}: expected --device {torch.device(device).type} with --devices {count}, got "
             f"{device}, which is one device; each process takes the next"
         )
     there = 0 if device == "cpu" else torch.cuda.device_count()
     if there and count > there:
         raise SetupError(
-            f"train: expected --devices {count} to be at most the {there} GPUs that torch sees; "
-            "each process has one of its own"
+            f"{command}: expected --devices {count} to be at most the {there} GPUs that torch "
+            "sees; each process has one of its own"
         )
 
 
@@ -231,7 +254,7 @@ def _end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
-        raise SetupError("train: the process that started this one for --devices is gone")
+        raise SetupError("the process that started this one for --devices is gone")
 
 
 def _cores() -> int:

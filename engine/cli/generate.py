@@ -1,16 +1,29 @@
-"""fusedrl generate: print completions of prompts, or the best of several."""
+"""fusedrl generate: completions of prompts, printed or in a file, or the best of several."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.cli.common import (
-    check_device,
-    count,
-    sampling_params,
+from fusedrl.engine.cli.common import check_device, count, output_file
+from fusedrl.engine.cli.models import (
+    device_options,
+    generation_of,
+    load_actor,
+    load_rewards,
+    sampling_options,
+    stop_option,
 )
+
+if TYPE_CHECKING:
+    from fusedrl.engine.actor import HybridActor
+    from fusedrl.engine.generation.sampler import SamplingParams
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -22,35 +35,30 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="DIR", help="a LoRA adapter of that model, in PEFT's files"
     )
-    parser.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="repeatable"
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    of.add_argument(
+        "--data",
+        metavar="FILE",
+        help="prompts, texts or messages, in any format that train reads; with --output",
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)"
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="of --data: JSON lines, one a completion, with the columns of its row; interrupted, "
+        "the same command goes on",
     )
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)"
+        "--logprobs", action="store_true", help="of --data: the tokens and their log-probabilities"
     )
+    sampling_options(parser)
     parser.add_argument(
         "--greedy", action="store_true", help="the likeliest token every time: temperature 0"
     )
+    stop_option(parser)
     parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="keep the smallest set of this probability (default: all)",
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)"
-    )
-    parser.add_argument(
-        "--min_p",
-        type=float,
-        default=0.0,
-        help="keep tokens at least this fraction as probable as the likeliest (default: all)",
-    )
-    parser.add_argument(
-        "--n", type=int, default=1, help="completions of each prompt (default: %(default)s)"
+        "--n", type=count, default=1, help="completions of each prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--best_of",
@@ -62,42 +70,29 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         "--reward",
         action="append",
         metavar="SPEC",
-        help="of --best_of: file.py:function or the directory of a reward model; repeatable",
+        help="of --best_of: file.py:function, a reward model or a ready reward; repeatable",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto: float32 on CPU, bfloat16 on CUDA",
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
+    device_options(parser)
 
 
 def run_generate(options: argparse.Namespace) -> None:
     """Run `fusedrl generate`."""
     _check_best_of(options)
+    _check_output(options)
     check_device(options.device)
-    from fusedrl.engine.actor import HybridActor
-    from fusedrl.engine.data.tokenize import no_tokenizer
+    from fusedrl.engine.rollout.rollout import params_of
 
-    params = sampling_params(
-        "generate",
-        max_new_tokens=options.max_new_tokens,
-        temperature=0.0 if options.greedy else options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        n=options.n,
-        seed=options.seed,
-    )
-    actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
-    if actor.tokenizer is None:
-        raise no_tokenizer()
+    if options.greedy:
+        options.temperature = 0.0
+    params = params_of(generation_of(options), n=options.n, seed=options.seed)
+    actor = load_actor(options.model, options)
     if options.adapter is not None:
         actor.load_adapter(options.adapter)
     if options.best_of is not None:
         _generate_best(actor, options)
+        return
+    if options.data is not None:
+        _generate_file(actor, options, params)
         return
     for prompt, sample, completion in actor.stream(options.prompt, params):
         label = (
@@ -128,31 +123,104 @@ def _check_best_of(options: argparse.Namespace) -> None:
         )
 
 
-def _generate_best(actor: Any, options: argparse.Namespace) -> None:
-    from fusedrl.engine.config import GenerationConfig
+def _check_output(options: argparse.Namespace) -> None:
+    """Raise ConfigError if --data and --output do not fit together, or the output exists."""
+    if (options.data is None) is not (options.output is None) or options.output == "-":
+        raise ConfigError(
+            "generate: expected --data FILE together with --output FILE, which the completions go "
+            f"to; got --data {options.data} and --output {options.output}"
+        )
+    if options.data is None and options.logprobs:
+        raise ConfigError("generate: --logprobs is for --data and --output")
+    if options.data is not None and options.best_of is not None:
+        raise ConfigError(
+            "generate: --best_of is for --prompt; for the best completions of a file write all by "
+            "--n, or see fusedrl train rejection"
+        )
+    if options.output is not None and Path(options.output).exists():
+        raise ConfigError(f"{options.output} exists; name another file, or remove it first")
+
+
+def _generate_file(actor: HybridActor, options: argparse.Namespace, params: SamplingParams) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fusedrl.engine.config.base import require
+    from fusedrl.engine.data.readers import load_prompts
+    from fusedrl.engine.rollout.prompts import check_stop_tokens
+    from fusedrl.engine.rollout.to_file import encode_all, generate_to_file
+
+    check_stop_tokens("--stop_token_ids", options.stop_token_ids, actor.decoder.config)
+    positions = actor.decoder.config.max_positions
+    room = positions - options.max_new_tokens
+    require(room >= 1, "--max_new_tokens", f"below the model's {positions} positions", positions)
+    examples = load_prompts(options.data)
+    ids, longer = encode_all(actor, examples, room)
+    settings = _settings(actor, options, ids, params)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("prompts", total=len(ids))
+        try:
+            found = generate_to_file(
+                actor,
+                examples,
+                ids,
+                params,
+                options.output,
+                settings,
+                logprobs=options.logprobs,
+                told=lambda done, tokens: bar.update(
+                    task, completed=done, description=f"prompts ({tokens:,} tokens)"
+                ),
+            )
+        except KeyboardInterrupt:
+            print(
+                f"fusedrl: what is done is in {options.output}.part; the same command goes on",
+                file=sys.stderr,
+            )
+            raise
+    print(
+        f"{options.output}: {found.completions} completions of {found.prompts} prompts"
+        + (f" ({found.resumed} were there)" if found.resumed else "")
+        + (f"; {longer} prompts of more than {room} tokens were left out" if longer else "")
+        + f"; {found.tokens:,} tokens in {found.seconds:.1f} s"
+    )
+
+
+def _settings(
+    actor: HybridActor,
+    options: argparse.Namespace,
+    ids: Mapping[int, list[int]],
+    params: SamplingParams,
+) -> dict[str, Any]:
+    """Return all that decides the completions."""
+    from fusedrl.engine.model.directories import resolve_directory
+    from fusedrl.engine.rollout.to_file import sampling_settings, weights_of
+
+    paths = [path for path in (options.model, options.adapter) if path is not None]
+    return {
+        "model": options.model,
+        "weights": [weights_of(resolve_directory(path)) for path in paths],
+        "adapter": options.adapter,
+        "prompts": crc32(json.dumps(sorted(ids.items())).encode()),
+        "dtype": str(actor.decoder.dtype),
+        "logprobs": options.logprobs,
+    } | sampling_settings(params)
+
+
+def _generate_best(actor: HybridActor, options: argparse.Namespace) -> None:
     from fusedrl.engine.data.records import PromptExample
-    from fusedrl.engine.rewards.rewards import RewardSet, load_reward
     from fusedrl.engine.rollout.best_of_n import best_of_n
 
-    generation = GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-    )
-    rewards = RewardSet(
-        [
-            load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer)
-            for spec in options.reward
-        ]
-    )
     found = best_of_n(
         actor,
         [PromptExample(prompt) for prompt in options.prompt],
-        rewards,
+        load_rewards(options.reward, [actor]),
         options.best_of,
-        generation,
+        generation_of(options),
         options.seed,
     )
     for number, one in enumerate(found):

@@ -27,8 +27,9 @@ from importlib.metadata import version
 from typing import Any, get_origin
 
 from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped, UserError
-from fusedrl.engine.cli import data
+from fusedrl.engine.cli import data, evaluate
 from fusedrl.engine.cli.bench import bench_options, run_bench
+from fusedrl.engine.cli.chat import chat_options
 from fusedrl.engine.cli.common import (
     CONFIGURATION,
     ENVIRONMENT,
@@ -203,6 +204,8 @@ def _parser() -> Parser:
     )
     add_commands(commands)
     data.add_commands(commands)
+    evaluate.add_commands(commands)
+    chat_options(commands)
     add_run_commands(commands)
     add_init(commands, {name: (row[0], row[3]) for name, row in STAGES.items()})
     verify_options(commands)
@@ -244,6 +247,7 @@ def _run(argv: list[str]) -> None:
         return
     parser = _parser()
     options, unknown = parser.parse_known_args(spelled(parser, argv))
+    options.argv = argv
     if unknown:
         refuse_unknown(parser, options, unknown)
     if options.command == "bench":

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING
 
-from fusedrl.engine.cli.common import (
-    Parser,
-    check_device,
-    count,
-    output_file,
-    report_json,
-    sampling_params,
+from fusedrl.engine.cli.common import Parser, check_device, count, output_file, report_json
+from fusedrl.engine.cli.devices import on_devices
+from fusedrl.engine.cli.models import (
+    device_options,
+    generation_of,
+    load_actor,
+    load_rewards,
+    prompts_option,
+    sampling_options,
+    some,
+    stop_option,
 )
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.data.readers import PromptExample
     from fusedrl.engine.generation.sampler import SamplingParams
-    from fusedrl.engine.watch.judge import Answers, Judge
+    from fusedrl.engine.parallel.ranks import Ranks
+    from fusedrl.engine.watch.judge import Answers
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -67,36 +73,16 @@ def _judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
         "--reward",
         action="append",
         metavar="SPEC",
-        help="file.py:function or a reward model: the higher score wins; repeatable, then "
-        "their sum",
+        help="file.py:function, a reward model or a ready reward: the higher score wins; "
+        "repeatable, then their sum",
     )
     judge.add_argument(
-        "--prompts", type=int, default=0, help="at most so many, drawn by the seed (default: all)"
+        "--n", type=count, default=1, help="pairs of each prompt (default: %(default)s)"
     )
-    judge.add_argument(
-        "--n", type=int, default=1, help="pairs of each prompt (default: %(default)s)"
-    )
-    judge.add_argument(
-        "--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)"
-    )
-    judge.add_argument(
-        "--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)"
-    )
-    judge.add_argument(
-        "--stop_token_ids",
-        type=int,
-        nargs="*",
-        default=[],
-        help="ids that end a completion besides the model's own EOS",
-    )
-    judge.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    judge.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto: float32 on CPU, bfloat16 on CUDA",
-    )
-    judge.add_argument("--device", help="cpu or cuda (default: the best there is)")
+    prompts_option(judge)
+    sampling_options(judge)
+    stop_option(judge)
+    device_options(judge, several=True)
     judge.add_argument(
         "--output-json",
         type=output_file,
@@ -107,76 +93,49 @@ def _judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _judge(options: argparse.Namespace) -> None:
     check_device(options.device)
+    on_devices(options, partial(_judged, options))
+
+
+def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
     from rich.console import Console
 
-    from fusedrl.engine.actor import HybridActor
-    from fusedrl.engine.base.ordering import shuffled
-    from fusedrl.engine.config.base import require
     from fusedrl.engine.data.readers import load_prompts
-    from fusedrl.engine.watch.judge import Pairs, judge_pairs, load_judge, report_table
-
-    require(options.prompts >= 0, "--prompts", ">= 0", options.prompts)
-    params = sampling_params(
-        "judge",
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        n=options.n,
-        seed=options.seed,
-        stop_token_ids=tuple(options.stop_token_ids),
+    from fusedrl.engine.rollout.rollout import params_of
+    from fusedrl.engine.watch.judge import (
+        Pairs,
+        RewardJudge,
+        judge_pairs,
+        load_judge,
+        report_table,
     )
+
+    params = params_of(generation_of(options), n=options.n, seed=options.seed)
     judge = load_judge(options.judge) if options.judge is not None else None
     examples = load_prompts(options.data)
-    actors = [
-        HybridActor.from_pretrained(path, dtype=options.dtype, device=options.device)
-        for path in (options.a, options.b)
-    ]
-    judge = judge or _reward_judge(options.reward, *actors)
-    for actor in actors:
-        examples = _fitting(actor, examples, options)
-    examples = [
-        examples[index]
-        for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
-    ]
-    number_of = len(examples)
+    actors = [load_actor(path, options, ranks) for path in (options.a, options.b)]
+    by_reward = judge is None
+    judge = judge or RewardJudge(load_rewards(options.reward, actors, ranks))
+    examples = some(actors, examples, options)
+    total = len(examples)
     # request ids that differ, so that samples differ even if both models are the same
     (prompt_ids, a), (_, b) = (
-        _answers(actor, examples, params, range(number * number_of, (number + 1) * number_of))
+        _answers(actor, examples, params, range(number * total, (number + 1) * total))
         for number, actor in enumerate(actors)
     )
-    owners = [index for index in range(number_of) for _ in range(options.n)]
+    owners = [index for index in range(total) for _ in range(options.n)]
     columns = {
         name: [examples[index].columns[name] for index in owners] for name in examples[0].columns
     }
-    found = judge_pairs(
-        judge,
-        Pairs([examples[index].prompt for index in owners], prompt_ids, a, b, columns),
-        owners,
-    )
-    report_json(
-        found.to_json(),
-        options.output_json,
-        lambda: Console().print(report_table(found, (options.a, options.b))),
-    )
-
-
-def _fitting(
-    actor: HybridActor, examples: list[PromptExample], options: argparse.Namespace
-) -> list[PromptExample]:
-    """Leave out prompts that are too long for this model. Raise ConfigError if the model cannot
-    generate so many new tokens or has no such stop token."""
-    from fusedrl.engine.config.base import require
-    from fusedrl.engine.data.tokenize import encode_prompts
-    from fusedrl.engine.rollout.prompts import check_stop_tokens
-
-    check_stop_tokens("--stop_token_ids", options.stop_token_ids, actor.decoder.config)
-    room = actor.decoder.config.max_positions - options.max_new_tokens
-    require(
-        room >= 1,
-        "--max_new_tokens",
-        f"below the model's {actor.decoder.config.max_positions} positions",
-        options.max_new_tokens,
-    )
-    return [example for example, _ in encode_prompts(actor.tokenizer, examples, room)[0]]
+    pairs = Pairs([examples[index].prompt for index in owners], prompt_ids, a, b, columns)
+    work = partial(judge_pairs, judge, pairs, owners)
+    # every rank scores its part, and a function judges all in one call
+    found = work() if by_reward else ranks.once("verdicts", work)
+    if ranks.first and found is not None:
+        report_json(
+            found.to_json(),
+            options.output_json,
+            lambda: Console().print(report_table(found, (options.a, options.b))),
+        )
 
 
 def _answers(
@@ -193,21 +152,6 @@ def _answers(
     drawn = [completion for out in outs for completion in out]
     said = Answers([c.text for c in drawn], [c.token_ids for c in drawn])
     return [c.prompt_ids for c in drawn], said
-
-
-def _reward_judge(specs: list[str], a: HybridActor, b: HybridActor) -> Judge:
-    from fusedrl.engine.rewards.rewards import RewardSet, load_reward
-    from fusedrl.engine.watch.judge import RewardJudge
-
-    same = a.tokenizer.get_vocab() == b.tokenizer.get_vocab()  # else a reward model reads texts
-    return RewardJudge(
-        RewardSet(
-            [
-                load_reward(spec, device=a.decoder.device, tokenizer=a.tokenizer if same else None)
-                for spec in specs
-            ]
-        )
-    )
 
 
 def _samples(options: argparse.Namespace) -> None:

@@ -452,7 +452,8 @@ class SamplingConfig:
     """Options of the stages that learn from completions which the policy samples.
 
     Args:
-        reward: one or more rewards, each file.py:function or the directory of a reward model.
+        reward: one or more rewards, each file.py:function, the directory of a reward model, or a
+            ready reward such as exact_match or length:budget=200 (docs/rewards.md).
         reward_weights: one weight per reward; None gives each the weight 1.
         steps: number of rollouts, each followed by epochs x minibatches optimizer steps.
         prompts_per_step: prompts of one rollout.
@@ -493,7 +494,11 @@ class SamplingConfig:
             ("samples_per_prompt", self.samples_per_prompt >= 1, ">= 1"),
             ("epochs", self.epochs >= 1, ">= 1"),
             ("minibatches", self.minibatches >= 1, ">= 1"),
-            ("reward", rewards >= 1, "at least one file.py:function or reward-model directory"),
+            (
+                "reward",
+                rewards >= 1,
+                "at least one file.py:function, reward-model directory or ready reward",
+            ),
             (
                 "reward_weights",
                 self.reward_weights is None or len(self.reward_weights) == rewards,

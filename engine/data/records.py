@@ -101,3 +101,17 @@ class ScoredExample:
     prompt: Prompt
     completion: str
     scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AnsweredExample:
+    """A prompt with answers to look at, and the other columns of its row.
+
+    Attributes:
+        ranks: rank of each answer, 1 is best; empty if the data does not compare them.
+    """
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+    columns: dict[str, Any] = field(default_factory=dict)

@@ -58,6 +58,13 @@ class Drawn(NamedTuple):
     kept: list[tuple[np.ndarray, np.ndarray]]
 
 
+class Drawing(NamedTuple):
+    """The tokens that a step has added to a completion; with the last of them the completion."""
+
+    token_ids: list[int]
+    completion: Completion | None
+
+
 class Finished(NamedTuple):
     """A completion and its place in the call: it is sample `sample` of prompt `prompt`."""
 
@@ -74,12 +81,14 @@ class Ticket:
     Attributes:
         error: why the unfinished sequences were lost.
         closed: whether nobody will fetch any more completions.
+        follows: whether somebody looks at the tokens after each step.
     """
 
     live: dict[int, Running] = field(default_factory=dict)
     finished: deque[Finished] = field(default_factory=deque)
     error: BaseException | None = None
     closed: bool = False
+    follows: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -335,6 +344,42 @@ class Generator:
             ticket.closed = True
             self.abort(ticket)
 
+    def follow(self, prompt: Any, params: SamplingParams, request_id: int) -> Iterator[Drawing]:
+        """Complete one prompt, and yield what each step adds. The arguments are checked at once.
+        Closing the iterator early ends the completion."""
+        ticket, sequences = self.prepare([prompt], params, [request_id])
+        ticket.follows = True
+        return self._followed(ticket, sequences)
+
+    def _followed(self, ticket: Ticket, sequences: list[Running]) -> Iterator[Drawing]:
+        (one,), seen = sequences, sequences[0].num_prompt
+        try:
+            self.enqueue(ticket, sequences)
+            while not ticket.finished:
+                with self._turns:
+                    self._sweep()
+                    if ticket.live:
+                        self._step(ticket, "counts")
+                    length = int(self.scheduler.slots.length[one.slot]) if one.slot >= 0 else seen
+                    new = (
+                        self.scheduler.slots.tokens[one.slot, seen:length].tolist()
+                        if ticket.live
+                        else []
+                    )
+                if ticket.error is not None:
+                    raise RuntimeError(
+                        "generate: a step failed in another call on this actor, and this "
+                        f"completion is lost ({type(ticket.error).__name__}: {ticket.error})"
+                    ) from ticket.error
+                seen += len(new)
+                if new:
+                    yield Drawing(new, None)
+            done = ticket.finished.popleft().completion
+            yield Drawing([*done.prompt_ids, *done.token_ids][seen:], done)
+        finally:
+            ticket.closed = True
+            self.abort(ticket)
+
     def abort(self, ticket: Ticket | None = None) -> None:
         """End the sequences of one call, or of all calls, with the tokens they have; their
         finish_reason is "aborted". If another thread is computing a step, they end after it."""
@@ -440,7 +485,9 @@ class Generator:
             ):
                 self._look(depth)
                 # only the host finds stop strings, so it must read every token
-                watched = self._table.watched[self.scheduler.decoding].any()
+                watched = self._table.watched[self.scheduler.decoding].any() or any(
+                    one.follows for one in self._tickets
+                )
                 plan = self.scheduler.schedule(1 if watched else self._window)
                 drawn = self._run(plan)
             if drawn is not None and (drawn.tokens < 0).any():

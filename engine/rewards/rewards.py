@@ -37,13 +37,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fusedrl.engine.base.blame import blame, shown, told
+from fusedrl.engine.base.blame import Invalid, blame, shown, told
 from fusedrl.engine.base.errors import RewardError, Stopped, no_such
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
+from fusedrl.engine.rewards.ready import READY, ready
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,13 +75,6 @@ class Rollout:
             self.completion_ids[start:stop],
             {name: column[start:stop] for name, column in self.columns.items()},
         )
-
-
-@dataclass(frozen=True)
-class Invalid:
-    """Placeholder for the value of a sample that cannot be scored, with the reason."""
-
-    reason: str
 
 
 class Reward(Protocol):
@@ -420,7 +414,8 @@ def load_reward(
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Reward:
-    """Load a reward from `file.py:function`, a reward-model directory, or a function.
+    """Load a reward from `file.py:function`, a reward-model directory, the name of a ready reward
+    with its options (`ready.READY`: `exact_match`, `length:target=200`), or a function.
 
     Args:
         device: device of a reward model.
@@ -429,20 +424,22 @@ def load_reward(
             tokenises the texts.
 
     Raises:
-        RewardError: no such file, no such function, a failed import, or neither a function nor a
-            directory.
+        RewardError: no such file, no such function, a failed import, an option that a ready reward
+            does not have, or none of all these.
         ValueError, FileNotFoundError: the directory is not a reward model.
     """
     if callable(spec):
         return FunctionReward(spec, tokenizer)
+    if (found := ready(str(spec))) is not None:
+        return FunctionReward(found, tokenizer)
     path, colon, function = str(spec).rpartition(":")
     if colon and path.endswith(".py"):
         return FunctionReward(import_function(Path(path), function), tokenizer)
     if str(spec) and Path(spec).is_dir():
         return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
     raise RewardError(
-        f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model; "
-        f"{_no_reward(str(spec))}"
+        f"reward {str(spec)!r}: expected file.py:function, the directory of a reward model, or one "
+        f"of {', '.join(READY)}; {_no_reward(str(spec))}"
     )
 
 

@@ -27,8 +27,8 @@ from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.records import PromptExample
 from fusedrl.engine.data.tokenize import encode_prompt
-from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.rewards.rewards import RewardSet
+from fusedrl.engine.rollout.rollout import params_of
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,11 @@ def best_of_n(
             f"best_of_n: expected n >= 1 and a temperature above 0, got n = {n} and "
             f"{generation.temperature}; greedy completions are all one"
         )
-    g = generation
     ids = [
         encode_prompt(actor.tokenizer, example.prompt, example.columns.get("tools"))
         for example in prompts
     ]
-    outs = actor.generate(
-        ids,
-        SamplingParams(
-            max_new_tokens=g.max_new_tokens,
-            temperature=g.temperature,
-            top_k=g.top_k,
-            top_p=g.top_p,
-            min_p=g.min_p,
-            n=n,
-            seed=seed,
-            stop_token_ids=g.stop_token_ids,
-        ),
-    )
+    outs = actor.generate(ids, params_of(generation, n=n, seed=seed))
     flat = [
         (example, tokens, completion)
         for example, tokens, group in zip(prompts, ids, outs, strict=True)

@@ -101,17 +101,21 @@ class Rollout:
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
     """Return the sampling options that a configuration describes."""
-    g = config.generation
+    g, n = config.generation, config.samples_per_prompt
+    return replace(params_of(g, n=n, seed=config.run.seed), return_kept=g.truncates)
+
+
+def params_of(generation: GenerationConfig, *, n: int, seed: int) -> SamplingParams:
+    """Return the parameters of n samples of each prompt."""
     return SamplingParams(
-        max_new_tokens=g.max_new_tokens,
-        temperature=g.temperature,
-        top_k=g.top_k,
-        top_p=g.top_p,
-        min_p=g.min_p,
-        n=config.samples_per_prompt,
-        seed=config.run.seed,
-        stop_token_ids=g.stop_token_ids,
-        return_kept=g.truncates,
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        min_p=generation.min_p,
+        n=n,
+        seed=seed,
+        stop_token_ids=generation.stop_token_ids,
     )
 
 

@@ -14,14 +14,15 @@ from rich.text import Text
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor, Scored
+from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.estimates import Estimate, pass_at_k
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import PromptExample
 from fusedrl.engine.data.tokenize import encode_prompt
-from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.rollout.repetition import ends_in_loop, repeated_share
+from fusedrl.engine.rollout.rollout import params_of
 
 TOKENS_PER_FORWARD = 8192
 
@@ -73,6 +74,96 @@ class Evaluation:
     pass_at: dict[int, Estimate]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Fresh completions of a policy, the samples of a prompt next to one another, and what was
+    measured of each.
+
+    Attributes:
+        scores: for each reward's name, the score of every completion; nan where it is invalid.
+        kl: nats per completion, the sum over its tokens of log policy - log reference; None without
+            a reference.
+        loss, own_loss: nats per completion, the sum over its tokens of -log p under the reference
+            (None without one) and under the policy.
+        perplexity, own_perplexity: exp of the mean loss per token; nan without a reference.
+    """
+
+    completions: list[Completion]
+    scores: dict[str, list[float]]
+    kl: list[float] | None
+    loss: list[float] | None
+    own_loss: list[float]
+    perplexity: float
+    own_perplexity: float
+
+    @property
+    def lengths(self) -> list[float]:
+        """Tokens of each completion, the EOS included."""
+        return [float(len(c.token_ids)) for c in self.completions]
+
+    @property
+    def ended(self) -> list[float]:
+        """Whether each completion ended with a stop token."""
+        return [float(c.finish_reason == "stop") for c in self.completions]
+
+    @property
+    def written(self) -> list[list[int]]:
+        """Tokens of each completion without the EOS."""
+        return [
+            c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in self.completions
+        ]
+
+
+def measure(
+    policy: HybridActor,
+    reference: Scorer | None,
+    prompts: Sequence[PromptExample],
+    rewards: Mapping[str, RewardSet],
+    generation: GenerationConfig,
+    *,
+    seed: int,
+    samples: int = 1,
+    request_ids: Sequence[int] | None = None,
+    tokens_per_forward: int = TOKENS_PER_FORWARD,
+) -> Measured:
+    """Sample completions of the prompts from the policy and measure each. Arguments, errors and
+    side effects are those of `evaluate`."""
+    ids = [
+        encode_prompt(policy.tokenizer, example.prompt, example.columns.get("tools"))
+        for example in prompts
+    ]
+    outs = policy.generate(ids, params_of(generation, n=samples, seed=seed), request_ids)
+    batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
+    parts, temperature = batch.split(tokens_per_forward), generation.temperature or 1.0
+    # The cache is lent as in training, which also removes the prefixes cached here: the next
+    # rollout cannot reuse them, so its bits do not depend on this evaluation.
+    with policy.lend_cache():
+        ours = policy.score(batch, temperature=temperature, partition=parts).logp
+        theirs = (
+            None
+            if reference is None
+            else reference.score(batch, temperature=temperature, partition=parts).logp
+        )
+    examples = [example for example in prompts for _ in range(samples)]
+    completions = [completion for out in outs for completion in out]
+    scores = _scores(
+        rewards,
+        examples,
+        [completion.text for completion in completions],
+        [sample for sample in ids for _ in range(samples)],
+        [c.token_ids for c in completions],
+    )
+    return Measured(
+        completions,
+        scores,
+        None if theirs is None else _sums(ours - theirs, batch),
+        None if theirs is None else _sums(-theirs, batch),
+        _sums(-ours, batch),
+        math.nan if theirs is None else _perplexity(theirs, batch),
+        _perplexity(ours, batch),
+    )
+
+
 def evaluate(
     policy: HybridActor,
     reference: Scorer | None,
@@ -106,62 +197,33 @@ def evaluate(
         RewardError: a reward raised or did not return one value per completion.
         RuntimeError: the policy is still generating other completions.
     """
-    g = generation
-    ids = [
-        encode_prompt(policy.tokenizer, example.prompt, example.columns.get("tools"))
-        for example in prompts
-    ]
-    params = SamplingParams(
-        max_new_tokens=g.max_new_tokens,
-        temperature=g.temperature,
-        top_k=g.top_k,
-        top_p=g.top_p,
-        min_p=g.min_p,
-        seed=seed,
-        n=samples,
-        stop_token_ids=g.stop_token_ids,
-    )
-    outs = policy.generate(ids, params, request_ids)
-    batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
-    parts, temperature = batch.split(tokens_per_forward), g.temperature or 1.0
-    # The cache is lent as in training, which also removes the prefixes cached here: the next
-    # rollout cannot reuse them, so its bits do not depend on this evaluation.
-    with policy.lend_cache():
-        ours = policy.score(batch, temperature=temperature, partition=parts).logp
-        theirs = (
-            None
-            if reference is None
-            else reference.score(batch, temperature=temperature, partition=parts).logp
-        )
-    examples = [example for example in prompts for _ in range(samples)]
-    completions = [completion for out in outs for completion in out]
-    texts = [completion.text for completion in completions]
-    written = [c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in completions]
-    scores = _scores(
+    found = measure(
+        policy,
+        reference,
+        prompts,
         rewards,
-        examples,
-        texts,
-        [sample for sample in ids for _ in range(samples)],
-        [c.token_ids for c in completions],
+        generation,
+        seed=seed,
+        samples=samples,
+        request_ids=request_ids,
+        tokens_per_forward=tokens_per_forward,
     )
 
     def estimate(values: Sequence[float]) -> Estimate:
         return Estimate.of(values, per=samples)
 
     return Evaluation(
-        rewards={name: estimate(values) for name, values in scores.items()},
-        kl=Estimate(math.nan, math.nan)
-        if theirs is None
-        else estimate(_sums(ours - theirs, batch)),
-        perplexity=math.nan if theirs is None else _perplexity(theirs, batch),
-        own_perplexity=_perplexity(ours, batch),
-        length=estimate([float(len(c.token_ids)) for c in completions]),
-        ended=estimate([float(c.finish_reason == "stop") for c in completions]),
-        repetition=estimate([repeated_share(tokens) for tokens in written]),
-        loops=estimate([float(ends_in_loop(tokens)) for tokens in written]),
-        completions=texts,
-        scores=scores,
-        pass_at=_pass_at(next(iter(scores.values())), samples) if scores else {},
+        rewards={name: estimate(values) for name, values in found.scores.items()},
+        kl=Estimate(math.nan, math.nan) if found.kl is None else estimate(found.kl),
+        perplexity=found.perplexity,
+        own_perplexity=found.own_perplexity,
+        length=estimate(found.lengths),
+        ended=estimate(found.ended),
+        repetition=estimate([repeated_share(tokens) for tokens in found.written]),
+        loops=estimate([float(ends_in_loop(tokens)) for tokens in found.written]),
+        completions=[completion.text for completion in found.completions],
+        scores=found.scores,
+        pass_at=_pass_at(next(iter(found.scores.values())), samples) if found.scores else {},
     )
 
 

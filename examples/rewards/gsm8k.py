@@ -18,18 +18,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-# a point that a number begins with does not stand behind a letter or another point
-PLAIN = rf"(?:{DIGITS}(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\w))?"
-SIGN = r"(?:(?<![\w)\-\u2010-\u2015\u2212])[-\u2212])"
-NUMBER = rf"\$?{SIGN}?(?:\$\ ?)?{PLAIN}"
-OPERATOR = r"(?:[-+*/^x\u2212\u00d7\u00f7]|\*\*|\\times|\\cdot|\\div)"
-JOIN = rf"(?:{OPERATOR}|\ +{OPERATOR}\ +)"  # "2 -3" has two numbers
-SUM = re.compile(rf"(?P<number>{NUMBER})(?:/(?P<over>{NUMBER}))?(?P<more>(?:{JOIN}{NUMBER})*)")
+from fusedrl.engine.rewards.answers import SUM, value_of
+
 MARK = re.compile(r"####\s*(?:\$\s+)?")
 
 
@@ -54,7 +47,7 @@ def _agree(
     scores: list[float | None] = []
     for completion, number in zip(completions, right, strict=True):
         *_, last = (None, *find(_text(completion)))
-        value = None if last is None else _value(last)
+        value = None if last is None else value_of(last)
         scores.append(None if number is None else float(value == number))
     return scores
 
@@ -72,20 +65,9 @@ def _marked(text: str) -> Iterator[re.Match[str]]:
             yield found
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    """Return the number's value; None for a calculation, and for a fraction over 0."""
-    if found["more"]:
-        return None
-    number, over = (
-        Fraction(Decimal(re.sub(r"[$, ]", "", text).replace("\u2212", "-")))
-        for text in (found["number"], found["over"] or "1")
-    )
-    return number / over if over else None
-
-
 def _gold(row: int, number: Any) -> Fraction:
     found = SUM.fullmatch(str(number).strip())
-    value = None if found is None else _value(found)
+    value = None if found is None else value_of(found)
     if value is None:
         raise ValueError(
             f"row {row}: expected a number in the column gold, as 18, 1,200, $5 or 1/2, got "

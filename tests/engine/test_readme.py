@@ -1,6 +1,7 @@
 """README.md and docs/guide.md, held to the code: commands run in the order in which they stand,
 Python runs, tables say what the rows are."""
 
+import io
 import json
 import re
 import runpy
@@ -18,13 +19,13 @@ from fusedrl.engine.data.sources import Source, parse_data
 from fusedrl.engine.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
-README, GUIDE, METHODS = (
+README, GUIDE, REWARDS_PAGE, METHODS = (
     (ROOT / page).read_text(encoding="utf-8")
-    for page in ("README.md", "docs/guide.md", "docs/algorithms.md")
+    for page in ("README.md", "docs/guide.md", "docs/rewards.md", "docs/algorithms.md")
 )
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README + GUIDE + REWARDS_PAGE, re.DOTALL)
     for line in block.splitlines()
     if line.startswith("fusedrl ")
 ]
@@ -49,6 +50,9 @@ SMALL = {
     "runs": [],
     "resume": ["--steps", "3"],
     "export": [],
+    "chat": ["--max_new_tokens", "6"],
+    "eval": ["--max_new_tokens", "6"],
+    "reward-check": ["--max_new_tokens", "6"],
 }
 
 
@@ -98,7 +102,8 @@ def folder(tmp_path, tiny_model, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_run_as_they_stand(folder, capsys):
+def test_the_commands_run_as_they_stand(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n"))  # what is said to chat
     assert len(COMMANDS) >= 12
     shown = set()
     for number, command in enumerate(COMMANDS):
@@ -126,6 +131,9 @@ def test_the_commands_run_as_they_stand(folder, capsys):
         "rejection",
         "generate",
         "judge",
+        "chat",
+        "eval",
+        "reward-check",
         "report",
         "data",
     } <= shown

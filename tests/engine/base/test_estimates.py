@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from fusedrl.engine.base.estimates import Estimate, pass_at_k, wilson_interval
+from fusedrl.engine.base.estimates import Estimate, Interval, pass_at_k, student_t, wilson_interval
 
 
 def test_pass_at_k_is_the_share_of_all_choices():
@@ -79,3 +79,41 @@ def test_wilson_covers_shares_and_means_of_probabilities():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(0, 5)[0] == 0.0
     assert wilson_interval(5, 5)[1] == 1.0
+
+
+def test_students_quantiles():
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}
+    for freedom, quantile in table.items():
+        assert student_t(freedom) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_the_interval_of_a_mean_is_over_prompts():
+    found = Interval.mean([1.0, 3.0, 5.0, 7.0], per=2)  # means 2 and 6
+    assert (found.value, found.high - found.value) == pytest.approx((4.0, 12.7062 * 2.0))
+    assert Interval.mean([1.0, math.nan, 5.0, 7.0], per=2).value == 3.5
+    assert math.isnan(Interval.mean([1.0], per=1).low)
+    assert Interval.mean([math.nan]).to_json() == {"value": None, "low": None, "high": None}
+
+
+def test_intervals_cover():
+    rng = random.Random(1)
+    inside = {"mean": 0, "share": 0, "ratio": 0}
+    for _ in range(400):
+        tokens = [rng.randrange(1, 20) for _ in range(12)]
+        losses = [t * 2.0 + rng.gauss(0, 1) * t for t in tokens]
+        for name, found, truth in (
+            ("mean", Interval.mean([rng.gauss(3, 2) for _ in range(8)]), 3.0),
+            ("share", Interval.share([float(rng.random() < 0.3) for _ in range(30)]), 0.3),
+            ("ratio", Interval.ratio(losses, tokens), 2.0),
+        ):
+            inside[name] += found.low <= truth <= found.high
+    assert all(0.90 <= count / 400 <= 0.99 for count in inside.values()), inside
+
+
+def test_a_ratio_of_sums():
+    found = Interval.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert found.value == 2.5
+    spread = sum((x - 2.5 * y) ** 2 for x, y in ((2, 1), (4, 2), (9, 3))) * 3 / 2
+    assert found.high - found.value == pytest.approx(4.30265 * math.sqrt(spread) / 6)
+    assert math.isnan(Interval.ratio([0.0], [0.0]).value)
+    assert math.isnan(Interval.ratio([1.0], [2.0]).low)

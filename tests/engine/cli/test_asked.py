@@ -296,14 +296,14 @@ def test_files_of_options_that_are_wrong(tmp_path, capsys, content, message):
         (["train", "PPO"], "did you mean ppo?"),
         (["train", "kto"], "unknown stage 'kto'; expected"),
         (["train", "sft"], "expected --model and --data, which cannot be left out"),
-        (["generate", "--model", "m"], "required: --prompt; fusedrl generate --help"),
+        (["generate", "--model", "m"], "one of the arguments --prompt --data is required; fusedrl"),
         (
             ["generate", "--model", "m", "--prompt", "x", "--max_tokens", "5"],
             "generate: unknown option '--max_tokens', which is --max_new_tokens here",
         ),
         (
             ["generate", "--model", "m", "--prompt", "x", "--n", "x"],
-            "--n: expected a whole number, got 'x'",
+            "--n: expected a whole number above 0, got 'x'",
         ),
         (["demo", "--sede", "1"], "did you mean --seed?"),
         (
