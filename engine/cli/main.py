@@ -5,8 +5,9 @@ Options of `train` and `plan` are the fields of the configuration dataclasses (c
 ones with a dot. An option on the command line overrides --config. Exit codes: 0 done, 1 a bug (with
 its traceback) or a failed check of `fusedrl verify`, 2 configuration or data, 3 environment, 4
 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved (129 SIGHUP,
-130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `judge`,
-`samples` and `report` are in monitor.py; `bench`, `generate` and `verify` have their own files.
+130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `samples`,
+`report` and `watch` are in report.py; `bench`, `generate`, `judge` and `verify` have their own
+files.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from fusedrl.engine.cli.common import (
 )
 from fusedrl.engine.cli.devices import devices_of, joined_by, launch, resume_command
 from fusedrl.engine.cli.generate import generate_options, run_generate
-from fusedrl.engine.cli.monitor import add_commands
+from fusedrl.engine.cli.judge import judge_options
 from fusedrl.engine.cli.names import (
     OF_OTHER_STAGES,
     STAGES_ELSEWHERE,
     known_elsewhere,
     nearest_names,
 )
+from fusedrl.engine.cli.report import add_commands
 from fusedrl.engine.cli.values import keys_of, meant, parts_of, read_yaml
 from fusedrl.engine.cli.verify import verify_options
 from fusedrl.engine.config import (
@@ -201,6 +203,7 @@ def _parser() -> Parser:
             "bench", help="measure generation or a step of training", allow_abbrev=False
         )
     )
+    judge_options(commands)
     add_commands(commands)
     verify_options(commands)
     demo = commands.add_parser(

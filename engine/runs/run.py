@@ -31,7 +31,8 @@ from fusedrl.engine.base.errors import ConfigError, Stopped
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.parallel.ranks import ALONE, Ranks, versions
-from fusedrl.engine.runs.checkpoint import RunDirectory, flat, identity, read_checkpoint
+from fusedrl.engine.runs.checkpoint import RunDirectory, identity, read_checkpoint
+from fusedrl.engine.runs.files import flat
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, say
 from fusedrl.engine.runs.saving import Parts, Saver
 
