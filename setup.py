@@ -52,7 +52,11 @@ for room in ("engine", "kernels"):
             "true && git checkout -- src), or install a wheel that was built elsewhere"
         )
 PACKAGES = find_namespace_packages("src", exclude=["*__pycache__*"])
-PACKAGE_DATA = {"fusedrl.engine": ["py.typed"], "fusedrl.kernels": ["py.typed"]}
+PACKAGE_DATA = {
+    "fusedrl.engine": ["py.typed"],
+    "fusedrl.engine.watch.page": ["page.*", "uplot/*"],
+    "fusedrl.kernels": ["py.typed"],
+}
 
 SOURCES = runpy.run_path("kernels/runtime/sources.py")
 

@@ -376,6 +376,8 @@ def _prompt(prompt: Any) -> str:
     """Return the text of a prompt; of messages, each behind its role where there are several."""
     if isinstance(prompt, str):
         return prompt
+    if not prompt:
+        raise ValueError("no messages")
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -94,7 +94,7 @@ class Final:
     last: float
     least: float
     most: float
-    count: float
+    count: int
 
 
 def final_values(run: RunRecord) -> dict[str, Final]:
@@ -103,9 +103,14 @@ def final_values(run: RunRecord) -> dict[str, Final]:
     for name in shown_metrics([run]):
         values = run.series[name].finite
         if len(values):
-            middle = values[len(values) // 2]
-            five = (values[0], middle, values[-1], values.min(), values.max())
-            found[name] = Final(*map(float, five), len(values))
+            found[name] = Final(
+                first=float(values[0]),
+                middle=float(values[len(values) // 2]),
+                last=float(values[-1]),
+                least=float(values.min()),
+                most=float(values.max()),
+                count=len(values),
+            )
     return found
 
 

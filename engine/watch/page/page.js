@@ -310,7 +310,11 @@
     state.to = to;
     one("from").value = from ?? "";
     one("to").value = to ?? "";
-    redraw();
+    for (const [figure, {plot, chart}] of plots) {
+      if (chart.calibration) continue;
+      plot.setScale("x", range(plot));
+      read(figure, null);
+    }
     remember();
   }
 

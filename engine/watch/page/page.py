@@ -58,7 +58,12 @@ def write_page(runs: Sequence[RunRecord], path: Path, *, live: float = 0) -> Non
     if path.is_dir() or not path.parent.is_dir():
         what = "is a directory" if path.is_dir() else f"{path.parent} does not exist"
         raise ConfigError(f"expected a file to write the page to, got {path}: {what}")
-    write_file(path, page(runs, live=live).encode("utf-8", "replace"))
+    text = page(runs, live=live).encode("utf-8", "replace")
+    try:
+        write_file(path, text)
+    except OSError as error:
+        error.filename = str(path)  # not that of the file beside it, which is written first
+        raise
 
 
 def page(runs: Sequence[RunRecord], *, live: float = 0, made: datetime | None = None) -> str:

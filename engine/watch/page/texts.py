@@ -59,20 +59,24 @@ class Prompt:
 
 def word_difference(before: str, after: str) -> list[Piece] | None:
     """Compare two texts word by word. Return the pieces of both in order, or None if less than
-    ALIKE of their words are common."""
+    ALIKE of their words are common. In texts of 200 words and more, words that are frequent there
+    count only beside others that are common (difflib's autojunk): without that, long repetitions
+    take seconds."""
+    if before == after:
+        return [Piece("same", after)] if after else []
     old, new = _WORDS.findall(before), _WORDS.findall(after)
-    bare = [[word.strip() for word in words] for words in (old, new)]
-    matcher = SequenceMatcher(None, *bare, autojunk=False)
+    a, b = ([word.strip() for word in words] for words in (old, new))
+    matcher = SequenceMatcher(None, a, b)
     if matcher.ratio() < ALIKE:
         return None
     pieces = []
-    for kind, a, b, c, d in matcher.get_opcodes():
+    for kind, i, j, k, l in matcher.get_opcodes():
         if kind == "equal":
-            pieces.append(Piece("same", "".join(new[c:d])))
+            pieces.append(Piece("same", "".join(new[k:l])))
         else:
             pieces += [
                 Piece(name, text)
-                for name, text in (("gone", "".join(old[a:b])), ("new", "".join(new[c:d])))
+                for name, text in (("gone", "".join(old[i:j])), ("new", "".join(new[k:l])))
                 if text
             ]
     return pieces
