@@ -111,6 +111,9 @@
         ctx.fillStyle = paint;
         ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
         ctx.textAlign = "left";
+        ctx.lineWidth = 4 * devicePixelRatio; // a halo, so that it can be read over lines
+        ctx.strokeStyle = color("--card");
+        ctx.strokeText(text, x, y);
         ctx.fillText(text, x, y);
       };
       if (chart.calibration) {
@@ -229,8 +232,8 @@
       words.push(`${wording(chart, line)} ${format(line.y[i])}${spread}`.trim());
       const part = document.createElement("span"), dot = document.createElement("span"), value = document.createElement("b");
       part.className = "one";
-      dot.className = "swatch";
-      dot.style.background = line.paint;
+      dot.className = line.held ? "swatch ring" : "swatch";
+      dot.style.color = line.paint;
       value.textContent = format(line.y[i]);
       part.append(dot, `${wording(chart, line)} `, value, spread);
       return part;
