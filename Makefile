@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c const
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: venv demo test test-full lint types docs bench validate tables kernel-report first-light clean
+.PHONY: venv demo test test-full test-page lint types docs bench validate tables kernel-report first-light clean
 
 venv: $(TOOLS)
 
@@ -27,10 +27,15 @@ demo: $(INSTALLED)
 	$(VENV)/bin/fusedrl demo
 
 test: lint types
-	$(RUN) -m pytest -n 2 -m "not full and not real" tests
+	$(RUN) -m pytest -n 2 -m "not full and not real and not page" tests
 
 test-full: venv
 	$(RUN) -m pytest -n 2 tests
+
+# The page of a run in a real browser: chromium on the PATH, or one of playwright's. It skips, with a reason, where there is none.
+test-page: venv
+	$(PIP) 'fusedrl[page]'
+	$(RUN) -m pytest -rs -m page tests
 
 lint: venv
 	$(VENV)/bin/ruff check .

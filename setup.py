@@ -55,6 +55,7 @@ PACKAGES = find_namespace_packages("src", exclude=["*__pycache__*"])
 PACKAGE_DATA = {
     "fusedrl.engine": ["py.typed"],
     "fusedrl.engine.cli.recipes": ["*.yaml"],  # a link to examples/recipes
+    "fusedrl.engine.watch.page": ["page.*", "uplot/*"],
     "fusedrl.kernels": ["py.typed"],
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.drawing import new_figure, svg
 from bench.harness import RESULTS, Result, read_results
 from bench.tables import replace_between
 
@@ -15,7 +16,6 @@ DOCS = RESULTS.parents[1] / "docs"
 BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 # contest -> what its x is, and which number of the row's shape
 PANELS = {"decode, sequences": ("sequences", 0), "decode, context": ("context", 1)}
-WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 240, 60, 30, 80  # of a panel, and around it
 OURS, ROOF = "#1f6feb", "#8b949e"
 
 
@@ -67,71 +67,25 @@ def table(what: str, line: Sequence[Point]) -> str:
     return "\n".join(rows)
 
 
-def _panel(name: str, line: list[Point], left: int, low: float, high: float) -> list[str]:
-    def across(x: float) -> float:
-        return left + WIDTH * math.log(x / line[0].x) / math.log(line[-1].x / line[0].x)
-
-    def down(y: float) -> float:
-        return TOP + HEIGHT * (1 - math.log(y / low) / math.log(high / low))
-
-    out: list[str] = []
-    out.append(f'<text x="{left}" y="{TOP - 12}" font-weight="bold">tokens/s over {name}</text>')
-    tick = low
-    while tick <= high:
-        out.append(
-            f'<path d="M{left} {down(tick):.1f}h{WIDTH}" stroke="#d0d7de"/>'
-            f'<text x="{left - 6}" y="{down(tick) + 4:.1f}" '
-            f'text-anchor="end">{tick:,.0f}</text>'
-        )
-        tick *= 10
-    for point in line:
-        out.append(
-            f'<text x="{across(point.x):.1f}" y="{TOP + HEIGHT + 18}" '
-            f'text-anchor="middle">{point.x}</text>'
-        )
-    for color, dash, which in (
-        (ROOF, ' stroke-dasharray="5 4"', "roofline"),
-        (OURS, "", "tokens_per_s"),
-    ):
-        path = " ".join(
-            f"{across(point.x):.1f},{down(getattr(point, which)):.1f}" for point in line
-        )
-        out.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
-        )
-    out += [
-        f'<circle cx="{across(p.x):.1f}" cy="{down(p.tokens_per_s):.1f}" r="3.5" '
-        f'fill="{OURS}"><title>{p.x}: {p.tokens_per_s:,.0f}</title></circle>'
-        for p in line
-    ]
-    out.append(
-        f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 38}" '
-        f'text-anchor="middle">{name} (logarithmic)</text>'
-    )
-    return out
-
-
-def svg(lines: dict[str, list[Point]]) -> str:
+def drawing(lines: dict[str, list[Point]]) -> str:
     """One panel a contest, both axes logarithmic: what was measured, and its roofline."""
-    speeds = [
-        y for line in lines.values() for point in line for y in (point.tokens_per_s, point.roofline)
-    ]
-    low, high = (
-        10 ** f(math.log10(y)) for f, y in ((math.floor, min(speeds)), (math.ceil, max(speeds)))
-    )
-    total = LEFT + len(lines) * (WIDTH + GAP)
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {HEIGHT + TOP + 60}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    for index, (what, line) in enumerate(lines.items()):
-        out += _panel(PANELS[what][0], line, LEFT + index * (WIDTH + GAP), low, high)
-    for offset, color, label in ((0, OURS, "measured"), (70, ROOF, "roofline")):
-        out.append(
-            f'<text x="{LEFT + offset}" y="{TOP + HEIGHT + 54}" fill="{color}">{label}</text>'
-        )
-    return "\n".join([*out, "</svg>\n"])
+    figure = new_figure(9.2, 3.4)
+    panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for panel, (what, line) in zip(panels, lines.items(), strict=True):
+        name, sizes = PANELS[what][0], [point.x for point in line]
+        panel.plot(sizes, [point.roofline for point in line], "--", color=ROOF, label="roofline")
+        speeds = [point.tokens_per_s for point in line]
+        panel.plot(sizes, speeds, "o-", color=OURS, markersize=4, label="measured", gid=what)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.set_title(f"tokens/s over {name}", loc="left", fontsize=10, fontweight="bold")
+        panel.set_xlabel(f"{name} (logarithmic)")
+        panel.grid(axis="y", color="#d0d7de", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].yaxis.set_major_formatter("{x:,.0f}")
+    panels[0].legend(frameon=False, fontsize=9)
+    return svg(figure)
 
 
 def draw(results: Path, docs: Path) -> None:
@@ -143,7 +97,7 @@ def draw(results: Path, docs: Path) -> None:
             f"expected rows of {', '.join(PANELS)} in {results.name}, found too few; make bench "
             "BENCH=bench/bench_scaling.py"
         )
-    (docs / "scaling.svg").write_text(svg(lines), encoding="utf-8")
+    (docs / "scaling.svg").write_text(drawing(lines), encoding="utf-8")
     page = docs / "engine-numbers.md"
     run = found[-1][1]
     where = (

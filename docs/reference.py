@@ -37,11 +37,13 @@ def kernels() -> list[str]:
 
 
 def rooms() -> dict[str, list[str]]:
-    """Rooms of the engine and the modules of each; without the command line, which has a help of
-    its own."""
+    """Rooms of the engine and the modules of each, those of folders within by dotted names; without
+    the command line, which has a help of its own, and what implements `fusedrl verify`."""
     found = {
         folder.name: sorted(
-            path.stem for path in folder.glob("*.py") if path.stem[0] != "_" and _public(path)
+            ".".join(path.relative_to(folder).with_suffix("").parts)
+            for path in folder.rglob("*.py")
+            if path.stem[0] != "_" and "verify" not in path.parts and _public(path)
         )
         for folder in sorted((ROOT / "engine").iterdir())
         if (folder / "__init__.py").is_file() and folder.name != "cli"

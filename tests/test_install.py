@@ -193,6 +193,24 @@ def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
     )
 
 
+def test_an_install_has_what_the_page_of_a_run_is_made_of(checkout, tmp_path):
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
+    folder = Path("engine/watch/page")
+    wanted = {
+        path.relative_to(ROOT / folder)
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {Path("page.html"), Path("page.css"), Path("page.js"), Path("uplot/LICENSE")} <= wanted
+    there = tmp_path / "fusedrl" / folder
+    assert wanted <= {path.relative_to(there) for path in there.rglob("*")}
+
+
 EDITABLE = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
 TYPED = """
 from fusedrl.engine.actor import HybridActor

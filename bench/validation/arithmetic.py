@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.validation.plot import Dot, chart
+from bench.drawing import Dot, chart
 from bench.validation.study import ROOT, measure, over_seeds, plus_minus, run_grid
 from examples.arithmetic import write_task
 

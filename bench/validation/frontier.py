@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.validation.plot import Dot, chart
+from bench.drawing import Dot, chart
 from bench.validation.study import ROOT, grouped, measure, over_seeds, plus_minus, run_grid
 
 from fusedrl.engine.actor import HybridActor
@@ -181,9 +181,7 @@ def main(model: str, work: Path, seeds: list[int], workers: int) -> str:
     best = [row["best"] for row in rows if row["spec"]["method"] == "best of n"]
     for points in zip(*best, strict=True):
         reward = over_seeds(points, "reward")
-        series.setdefault("best of n", []).append(
-            Dot(points[0]["kl"], reward[0], reward[1], f"n = {points[0]['n']}")
-        )
+        series.setdefault("best of n", []).append(Dot(points[0]["kl"], reward[0], reward[1]))
         lines.append(
             f"| best of n | n = {points[0]['n']} | {points[0]['kl']:.2f} (bound) | "
             f"{plus_minus(reward)} | | | |"
@@ -196,7 +194,7 @@ def main(model: str, work: Path, seeds: list[int], workers: int) -> str:
             for name in ("kl", "reward", "perplexity_ref", "length", "seconds")
         )
         setting = f"target {target:g}" if target is not None else f"beta {beta:g}"
-        series.setdefault(method, []).append(Dot(kl[0], reward[0], reward[1], setting))
+        series.setdefault(method, []).append(Dot(kl[0], reward[0], reward[1]))
         lines.append(
             f"| {method} | {setting} | {plus_minus(kl)} | {plus_minus(reward)} | "
             f"{plus_minus(perplexity)} | {length[0]:.0f} | {seconds[0]:.0f} |"

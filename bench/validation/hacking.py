@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.drawing import Dot, chart
 from bench.validation.frontier import GENERATION, HELD_OUT, PROMPTS, REWARD
-from bench.validation.plot import Dot, chart
 from bench.validation.study import ROOT, grouped, measure, over_seeds, plus_minus, run_grid
 
 from fusedrl.engine.config import KLConfig, OptimConfig, PolicyConfig, RunConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.validation.plot import Dot, chart
+from bench.drawing import Dot, chart
 from bench.validation.study import ROOT, grouped, over_seeds, plus_minus, run_grid
 from examples.rewards.gsm8k import last_number
 from examples.word_problems import problems

@@ -5,9 +5,9 @@ Options of `train` and `plan` are the fields of the configuration dataclasses (c
 ones with a dot. An option on the command line overrides --config. Exit codes: 0 done, 1 a bug (with
 its traceback) or a failed check of `fusedrl verify`, 2 configuration or data, 3 environment, 4
 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved (129 SIGHUP,
-130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `judge`,
-`samples` and `report` are in monitor.py, `runs`, `resume` and `export` in runs.py; `init`, `bench`,
-`generate` and `verify` have their own files.
+130 SIGINT, 138 SIGUSR1, 143 SIGTERM). Commands that do not need torch do not import it. `samples`,
+`report` and `watch` are in report.py, `runs`, `resume` and `export` in runs.py; `init`, `data`,
+`bench`, `generate`, `chat`, `judge`, `eval` and `verify` have their own files.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ from fusedrl.engine.cli.devices import devices_of, resume_command, start
 from fusedrl.engine.cli.generate import generate_options, run_generate
 from fusedrl.engine.cli.help import example, short_help, stages_help
 from fusedrl.engine.cli.init import add_commands as add_init
-from fusedrl.engine.cli.monitor import add_commands
+from fusedrl.engine.cli.judge import judge_options
 from fusedrl.engine.cli.names import (
     OF_OTHER_STAGES,
     STAGES_ELSEWHERE,
     known_elsewhere,
     nearest_names,
 )
+from fusedrl.engine.cli.report import add_commands
 from fusedrl.engine.cli.runs import add_commands as add_run_commands
 from fusedrl.engine.cli.runs import run_resume
 from fusedrl.engine.cli.values import keys_of, meant, parts_of, read_yaml
@@ -202,6 +203,7 @@ def _parser() -> Parser:
             "bench", help="measure generation or a step of training", allow_abbrev=False
         )
     )
+    judge_options(commands)
     add_commands(commands)
     data.add_commands(commands)
     evaluate.add_commands(commands)

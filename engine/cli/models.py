@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli.common import count, count_or_none
 
 if TYPE_CHECKING:
@@ -89,17 +90,22 @@ def prompts_option(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_of(options: argparse.Namespace) -> GenerationConfig:
-    """Return the options of sampling."""
+    """Return the options of sampling. Raise ConfigError, with the names of the command line, if one
+    is out of range."""
     from fusedrl.engine.config import GenerationConfig
 
-    return GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        stop_token_ids=tuple(options.stop_token_ids),
-    )
+    try:
+        return GenerationConfig(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            stop_token_ids=tuple(options.stop_token_ids),
+        )
+    except ConfigError as error:
+        said = str(error).replace("config: ", f"{options.command}: ", 1)
+        raise ConfigError(said.replace("generation.", "--", 1)) from error
 
 
 def load_actor(path: str, options: argparse.Namespace, ranks: Ranks | None = None) -> HybridActor:

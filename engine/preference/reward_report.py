@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.preference.comparisons import pair_nll
-from fusedrl.engine.runs.checkpoint import write_file
+from fusedrl.engine.runs.files import write_file
 
 BINS = 10
 _SHARPEST = 1e3  # temperatures between this and its inverse are looked at

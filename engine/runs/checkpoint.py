@@ -16,30 +16,28 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
+from fusedrl.engine.base.errors import CheckpointError, ConfigError
 from fusedrl.engine.data.rows import check_source, source_digest
 from fusedrl.engine.data.sources import Data, parse_data
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
+from fusedrl.engine.runs.files import RunLock, flat, sync_directory, write_file, write_new
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
 FREE_KEYS = (
@@ -133,14 +131,16 @@ def save_checkpoint(
             ranks.meet("the end of a checkpoint")
             return target
         files |= {
-            f"{group}.safetensors": _write(temporary / f"{group}.safetensors", _safetensors(named))
+            f"{group}.safetensors": write_new(
+                temporary / f"{group}.safetensors", _safetensors(named)
+            )
             for group, named in tensors.items()
         }
-        files[STATE] = _write(temporary / STATE, [_json(state)])
-        _write(temporary / MANIFEST, [_json({"format": FORMAT, "step": step, "files": files})])
-        _sync(temporary)
+        files[STATE] = write_new(temporary / STATE, [_json(state)])
+        write_new(temporary / MANIFEST, [_json({"format": FORMAT, "step": step, "files": files})])
+        sync_directory(temporary)
         os.rename(temporary, target)
-        _sync(root)
+        sync_directory(root)
     except OSError as error:
         with suppress(OSError):
             shutil.rmtree(temporary)
@@ -170,7 +170,7 @@ def _parts_of_ranks(
     mine = {}
     for group, named in shares.items():
         name = f"{group}.{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
-        mine[name] = _write(directory / name, _safetensors(named))
+        mine[name] = write_new(directory / name, _safetensors(named))
     return {name: f for part in ranks.gather("its files", mine) for name, f in part.items()}
 
 
@@ -279,26 +279,6 @@ def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -468,93 +448,6 @@ def model_digest(model: str | Path) -> str | None:
 
 
 # ---- the run directory ---------------------------------------------------------------------------
-_PATIENCE = 0.2  # seconds in which someone who only looks at the lock (`is_locked`) is gone again
-
-
-def _take(file: TextIO) -> None:
-    """Take the lock, or raise BlockingIOError if another process keeps it."""
-    began = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() - began > _PATIENCE:
-                raise
-        time.sleep(0.01)
-
-
-def is_locked(run_dir: str | Path) -> bool:
-    """Whether a live process owns a run directory. The lock is taken for a moment, together with
-    anyone else who looks; an owner who comes in that moment waits for it to end."""
-    try:
-        with open(Path(run_dir) / "lock", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is no lock, or none that may be read
-        return False
-    return False
-
-
-class RunLock:
-    """Exclusive ownership of a run directory, for as long as this context manager is open; the
-    system releases it when the process dies.
-
-    Raises:
-        SetupError: another live process owns the directory; the message names its pid and host.
-        ConfigError: the path, or a directory on the way to it, is a file.
-    """
-
-    def __init__(self, run_dir: str | Path) -> None:
-        path = Path(run_dir) / "lock"
-        if file := next(
-            (
-                part
-                for part in (path.parent, *path.parent.parents)
-                if part.exists() and not part.is_dir()
-            ),
-            None,
-        ):
-            raise ConfigError(
-                "config: expected run.dir to be the directory of a run, or one to be made, got "
-                f"{str(run_dir)!r}, and {file} is a file; choose "
-                "another --run.dir"
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
-        except OSError as error:
-            raise SetupError(
-                f"{run_dir}: the directory of the run cannot be written ({error.strerror}: "
-                f"{error.filename}); choose another --run.dir, or change the rights there"
-            ) from error
-        try:
-            _take(self._file)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "an unknown process"
-            self._file.close()
-            raise SetupError(
-                f"{run_dir}: another run writes here ({holder}); wait for it, stop it, or choose "
-                "another --run.dir"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on host {platform.node()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let other processes write to the directory. The lock file stays: deleting it would let
-        two processes lock two files of the same name."""
-        self._file.close()
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class RunDirectory:
     """Run directory that this process owns: `dir`, and the `checkpoint` to continue from (None at
     the beginning). A context manager.
@@ -653,20 +546,6 @@ def _records(run_dir: Path) -> list[str]:
     return found + [name for name in ("model", "adapter", "critic") if (run_dir / name).exists()]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file atomically: readers see either the old bytes or the new ones, even after a
-    crash."""
-    temporary = path.with_name(f".tmp_{path.name}")
-    try:
-        temporary.unlink(missing_ok=True)
-        _write(temporary, [data])
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -723,15 +602,3 @@ def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         for key in keys
         if old.get(key, "absent") != new.get(key, "absent")
     ]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings into one with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return found

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from fusedrl.engine.runs.checkpoint import write_file
+from fusedrl.engine.runs.files import write_file
 
 
 class JsonLines:
@@ -38,7 +38,11 @@ class JsonLines:
             if resume_step is not None and self.path.exists()
             else []
         )
-        kept = [line for line in lines if _is_of(line, resume_step)]
+        kept = [
+            line
+            for line in lines
+            if resume_step is not None and (row := _row(line)) and row["step"] <= resume_step
+        ]
         self.last: dict[str, Any] | None = json.loads(kept[-1]) if kept else None
         self._file: TextIO | None = None
         if write:
@@ -61,22 +65,21 @@ class JsonLines:
             self._file.close()
 
 
-def _is_of(line: bytes, last_step: int | None) -> bool:
-    """Whether a line is complete and belongs to a step up to `last_step`."""
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a complete line with a step; None for any other line."""
     try:
-        return (
-            line.endswith(b"\n") and last_step is not None and json.loads(line)["step"] <= last_step
-        )
+        row = json.loads(line) if line.endswith(b"\n") else {}
+        return row if row["step"] <= sys.maxsize else None
     except (ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a JSON lines file. A torn last line is skipped, and a missing file has no
     lines."""
     for line in Path(path).read_bytes().splitlines(keepends=True) if Path(path).is_file() else ():
-        if _is_of(line, sys.maxsize):
-            yield json.loads(line)
+        if (row := _row(line)) is not None:
+            yield row
 
 
 class Metrics:

@@ -39,13 +39,13 @@ from fusedrl.engine.runs.cautions import Cautions
 from fusedrl.engine.runs.checkpoint import (
     RunDirectory,
     config_to_dict,
-    flat,
     identity,
     read_checkpoint,
     saved_steps,
 )
 from fusedrl.engine.runs.columns import columns_of
 from fusedrl.engine.runs.facts import dtype_of, facts_of
+from fusedrl.engine.runs.files import flat
 from fusedrl.engine.runs.loggers import TABLES_EVERY, Reporter, RunInfo
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, read_rows
 from fusedrl.engine.runs.saving import Parts, Saver

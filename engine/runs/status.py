@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedrl.engine.runs.checkpoint import is_locked, write_file
+from fusedrl.engine.runs.files import is_locked, write_file
 from fusedrl.engine.runs.metrics import read_rows
 
 FILE = "status.json"

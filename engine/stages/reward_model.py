@@ -43,7 +43,7 @@ from fusedrl.engine.preference.reward_report import (
     reward_report,
     save_report,
 )
-from fusedrl.engine.runs.checkpoint import write_file
+from fusedrl.engine.runs.files import write_file
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.runtime.faults import raise_faults
 

@@ -20,6 +20,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.estimates import Estimate
 from fusedrl.engine.config import (
+    EvaluationConfig,
     GenerationConfig,
     KLConfig,
     LossConfig,
@@ -39,6 +40,8 @@ from fusedrl.engine.stages.reward_model import RewardModelResult, train_reward_m
 from fusedrl.engine.stages.sft import SFTResult, train_sft
 from fusedrl.engine.tools.demo_task import gold_reward, noise_ceiling, write_demo_files
 from fusedrl.engine.watch.evaluate import Evaluation, comparison, evaluate, side_by_side
+from fusedrl.engine.watch.page.page import write_page
+from fusedrl.engine.watch.run_files import RunFiles
 
 RATER_TEMPERATURE = 3.0
 GENERATION = GenerationConfig(max_new_tokens=64)
@@ -160,6 +163,7 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
         for actor in (reference, policy)
     )
     seconds["evaluation"] = time.perf_counter() - started
+    write_page([RunFiles(root / "ppo").read()], root / "report.html")
 
     result = DemoResult(root, sft, reward_model, ppo, before, after, seconds)
     ceiling = noise_ceiling(
@@ -210,6 +214,9 @@ def _ppo(
         prompts_per_step=size.prompts_per_step,
         epochs=4,
         missing_eos_penalty=1.0,
+        evaluation=EvaluationConfig(
+            str(files / "held_out.jsonl"), every=max(1, size.ppo_steps // 4), prompts=32
+        ),
         generation=GENERATION,
         dtype="float32",
         device=device,
@@ -267,5 +274,6 @@ def _report(console: Console, result: DemoResult, prompts: list[str], ceiling: f
     console.print(
         "Seconds: "
         + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
-        + f". Models, metrics and samples are in {result.directory}/"
+        + f". Models, metrics and samples are in {result.directory}/, and a page about the PPO run "
+        f"in {result.directory}/report.html"
     )

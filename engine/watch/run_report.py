@@ -1,24 +1,20 @@
-"""Tables of a run directory for the terminal: samples over time, metrics at the beginning, half-way
-and at the end, and the alarms.
-
-They read only the files, so they also work while the run is going on.
-"""
+"""Runs on the terminal and as JSON: samples over time; metrics at the beginning, half-way and at
+the end; several runs side by side."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from fusedrl.engine.base.errors import ConfigError, no_such
-from fusedrl.engine.runs.metrics import read_rows
-from fusedrl.engine.watch.alarm import Evidence, message
+from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.watch.run_files import RunRecord, Series, config_differences
 
 SHOWN = (
     "loss",
@@ -56,36 +52,32 @@ SHOWN = (
 )
 
 
-def samples_table(directory: str | Path, columns: int = 4) -> Table:
+def samples_table(run: RunRecord, columns: int = 4) -> Table:
     """Return a table of completions with their scores: a row for each held-out prompt, and at most
     `columns` evaluations: the first, the last, and others evenly between.
 
     Raises:
-        ConfigError: there is no run, the run was not evaluated, or `columns` is below 1.
+        ConfigError: the run was not evaluated, or `columns` is below 1.
     """
-    rows = list(
-        read_rows(
-            _file(
-                directory,
-                "samples_eval.jsonl",
-                "it has no held-out samples; train with --evaluation.data FILE",
-            )
-        )
-    )
     if columns < 1:
         raise ConfigError(f"samples: expected columns >= 1, got {columns}")
+    if not run.samples:
+        raise ConfigError(
+            f"{run.directory}: expected a run directory with samples_eval.jsonl, but it has no "
+            "held-out samples; train with --evaluation.data FILE"
+        )
     by_prompt: defaultdict[str, dict[int, Text]] = defaultdict(dict)
-    for row in rows:
+    for sample in run.samples:
         scores = ", ".join(
             f"{name} {'invalid' if value is None else format(value, '.3g')}"
-            for name, value in row["scores"].items()
+            for name, value in sample.scores.items()
         )
-        by_prompt[_text(row["prompt"])][row["step"]] = Text.assemble(
-            (f"{scores}\n", "bold"), row["completion"].strip()
+        by_prompt[sample.prompt][sample.step] = Text.assemble(
+            (f"{scores}\n", "bold"), sample.completion.strip()
         )
-    steps = spread(sorted({row["step"] for row in rows}), columns)
+    steps = spread(sorted({sample.step for sample in run.samples}), columns)
     table = Table(
-        title=f"{directory}: the same draws of the same prompts as training goes on",
+        title=Text(f"{run.name}: the same draws of the same prompts as training goes on"),
         title_justify="left",
         show_lines=True,
     )
@@ -96,52 +88,114 @@ def samples_table(directory: str | Path, columns: int = 4) -> Table:
     return table
 
 
-def metrics_table(directory: str | Path) -> Table:
-    """Return a table of a run's main metrics: first, middle and last value, minimum and maximum.
+@dataclass(frozen=True)
+class Final:
+    """A metric in five numbers, of its `count` finite values."""
 
-    Raises:
-        ConfigError: there is no run.
-    """
-    series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    lack = "there is no run; name what was --run.dir"
-    for row in read_rows(_file(directory, "metrics.jsonl", lack)):
-        for name, value in row.items():
-            if value is not None and name != "step":
-                series[name].append((row["step"], value))
-    steps = sorted({step for values in series.values() for step, _ in values})
-    table = Table(
-        title=f"{directory}: {steps[-1] if steps else 0} steps", title_justify="left", box=SIMPLE
+    first: float
+    middle: float
+    last: float
+    least: float
+    most: float
+    count: int
+
+
+def final_values(run: RunRecord) -> dict[str, Final]:
+    """Return the main metrics of a run, those of SHOWN that have a finite value."""
+    found = {}
+    for name in shown_metrics([run]):
+        values = run.series[name].finite
+        if len(values):
+            found[name] = Final(
+                first=float(values[0]),
+                middle=float(values[len(values) // 2]),
+                last=float(values[-1]),
+                least=float(values.min()),
+                most=float(values.max()),
+                count=len(values),
+            )
+    return found
+
+
+def shown_metrics(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the names of the main metrics that any of the runs has, in the order of SHOWN."""
+    known = sorted({name for run in runs for name in run.series if not name.endswith("_stderr")})
+    return list(
+        dict.fromkeys(name for pattern in SHOWN for name in known if fnmatch(name, pattern))
     )
+
+
+def metrics_table(run: RunRecord) -> Table:
+    """Return a table of a run's main metrics: first, middle and last value, minimum and maximum."""
+    table = Table(title=Text(f"{run.name}: {run.steps} steps"), title_justify="left", box=SIMPLE)
     table.add_column("", overflow="fold")
     for heading in ("first", "middle", "last", "least", "most"):
         table.add_column(heading, justify="right")
-    for pattern in SHOWN:
-        for name in sorted(
-            name for name in series if fnmatch(name, pattern) and not name.endswith("_stderr")
-        ):
-            values = [value for _, value in series[name] if math.isfinite(value)]
-            table.add_row(
-                name,
-                *(
-                    f"{value:.4g}"
-                    for value in (
-                        values[0],
-                        values[len(values) // 2],
-                        values[-1],
-                        min(values),
-                        max(values),
-                    )
-                ),
-            )
+    for name, found in final_values(run).items():
+        five = (found.first, found.middle, found.last, found.least, found.most)
+        table.add_row(Text(name), *(f"{value:.4g}" for value in five))
     return table
 
 
-def alarm_messages(directory: str | Path) -> list[str]:
-    """List the messages of the reward-hacking alarm."""
-    return [
-        message(row["step"], [Evidence(**one) for one in row["evidence"]])
-        for row in read_rows(Path(directory) / "alarms.jsonl")
-    ]
+def comparison_tables(runs: Sequence[RunRecord]) -> list[Table]:
+    """Return the last values of several runs side by side, and the options that differ."""
+    finals = [final_values(run) for run in runs]
+    last = Table(title="Last values", title_justify="left", box=SIMPLE)
+    options = Table(title="Options that differ", title_justify="left", box=SIMPLE)
+    for table, justify in ((last, "right"), (options, "left")):
+        table.add_column("", no_wrap=True, overflow="fold")
+        for run in runs:
+            table.add_column(Text(run.name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    last.add_row("steps", *(f"{run.steps:,}" for run in runs))
+    for name in shown_metrics(runs):
+        row = [f"{found[name].last:.4g}" if name in found else "" for found in finals]
+        if any(row):
+            last.add_row(Text(name), *row)
+    differences = config_differences(runs)
+    for name, values in differences.items():
+        options.add_row(Text(name), *(Text("" if v is None else v) for v in values))
+    return [last, options] if differences else [last]
+
+
+def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return what is known of some runs as JSON values: of each its status, the five numbers of
+    every metric (all null if none of its values is finite), alarms, calibration and options; and
+    the options that differ."""
+    return {
+        "runs": [
+            {
+                "name": run.name,
+                "directory": str(run.directory),
+                "stage": run.stage,
+                "status": run.status,
+                "steps": run.steps,
+                "total_steps": run.total,
+                "seconds": run.seconds,
+                "metrics": {name: _five(one) for name, one in sorted(run.series.items())},
+                "alarms": [asdict(alarm) for alarm in run.alarms],
+                "calibration": run.calibration,
+                "config": run.config,
+                "notes": run.notes,
+            }
+            for run in runs
+        ],
+        "differences": config_differences(runs) if len(runs) > 1 else {},
+    }
+
+
+def _five(series: Series) -> dict[str, float | int | None]:
+    values = series.finite
+    empty = not len(values)
+    return {
+        "first": None if empty else float(values[0]),
+        "last": None if empty else float(values[-1]),
+        "least": None if empty else float(values.min()),
+        "most": None if empty else float(values.max()),
+        "mean": None if empty else float(values.mean()),
+        "count": len(values),
+        "not_finite": len(series.values) - len(values),
+        "last_step": int(series.steps[-1]),
+    }
 
 
 def spread(items: list[int], count: int) -> list[int]:
@@ -149,23 +203,3 @@ def spread(items: list[int], count: int) -> list[int]:
     if len(items) <= count or count < 2:
         return items if len(items) <= count else items[-1:]
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
-
-
-def _file(directory: str | Path, name: str, lack: str) -> Path:
-    path = Path(directory) / name
-    if not Path(directory).is_dir():
-        raise ConfigError(
-            "expected the directory of a run, and "
-            f"{f'{directory} is a file' if Path(directory).exists() else no_such(directory)}"
-        )
-    if not path.is_file() or not path.stat().st_size:
-        above = Path(directory).resolve().parent
-        if (above / name).is_file():
-            lack += f"; the run that it belongs to is {Path(directory).parent}"
-        raise ConfigError(f"{directory}: expected a run directory with {name}, but {lack}")
-    return path
-
-
-def _text(prompt: Any) -> str:
-    """Return a prompt's text; of a list of messages, the last message's."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

@@ -5,10 +5,11 @@ import itertools
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import pytest
+from bench.drawing import Dot, chart
 from bench.validation import study
-from bench.validation.plot import Dot, chart
 from bench.validation.word_problems import HELD_OUT, TRIED
 from examples.arithmetic import write_task
 from examples.rewards.arithmetic import exact
@@ -63,12 +64,18 @@ def test_over_seeds_by_hand():
     [[(0.0, 0.0), (10.0, 3.5)], [(1.0, -2.0)], [(0.001, 5e3), (0.002, 7e3), (0.0015, 6e3)]],
 )
 def test_a_chart_holds_its_points(points):
-    drawing = chart("t", "x", "y", {"a": [Dot(x, y, 0.1) for x, y in points]})
-    found = re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', drawing)
-    assert len(found) == len(points)
-    for x, y in found:
-        assert 56 <= float(x) <= 56 + 560
-        assert 34 <= float(y) <= 34 + 340
+    pytest.importorskip("matplotlib", reason="the extra `docs` is not installed")
+    dots = {"a & b": [Dot(x, y, 0.1) for x, y in points]}
+    drawing = chart("t < u", "x", "y", dots)
+    root = ElementTree.fromstring(drawing)
+    _, _, width, height = map(float, root.get("viewBox").split())
+    marks = root.findall(".//*[@id='series a & b']//{http://www.w3.org/2000/svg}use")
+    assert len(marks) == len(points)
+    for mark in marks:
+        assert 0 < float(mark.get("x")) < width
+        assert 0 < float(mark.get("y")) < height
+    assert {"t < u", "a & b", "x", "y"} <= set(root.itertext())
+    assert chart("t < u", "x", "y", dots) == drawing
     with pytest.raises(ValueError, match="points"):
         chart("t", "x", "y", {})
 

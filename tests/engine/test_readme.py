@@ -41,6 +41,7 @@ SMALL = {
     "reward": [],
     "dpo": [],
     "report": [],
+    "watch": [],
     "rejection": ["--steps", "1", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
     "policy": ["--steps", "2", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
     "generate": ["--max_new_tokens", "6"],

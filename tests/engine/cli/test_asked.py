@@ -310,7 +310,7 @@ def test_files_of_options_that_are_wrong(tmp_path, capsys, content, message):
             ["generate", "--model", "m", "--prompt", "x", "--top_p", "x"],
             "--top_p: expected a number, got 'x'",
         ),
-        (["report", "a", "b"], "unknown argument 'b'"),
+        (["samples", "a", "b"], "unknown argument 'b'"),
         (
             ["bench", "latency", "--model", "m", "--output-json", "/none/x.json"],
             "--output-json: expected a file to write or -, got '/none/x.json': /none does not",

@@ -13,7 +13,8 @@ import pytest
 from tests.engine.conftest import WORDS
 
 from fusedrl.engine.cli.main import STAGES, main, parse_config
-from fusedrl.engine.runs.checkpoint import RunLock, is_locked, saved_steps
+from fusedrl.engine.runs.checkpoint import RunLock, saved_steps
+from fusedrl.engine.runs.files import is_locked
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.status import find_runs, read_status, run_state
 

@@ -50,6 +50,9 @@ def test_whole_path_in_small(tmp_path, capsys) -> None:
         .logits.isfinite()
         .all()
     )
+    page = (result.directory / "report.html").read_text(encoding="utf-8")
+    assert "Run ppo" in page
+    assert "samples_eval" not in page  # nothing is missing or broken
 
 
 def test_an_earlier_demo_is_left_alone(tmp_path, capsys) -> None:

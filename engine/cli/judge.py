@@ -1,4 +1,4 @@
-"""fusedrl judge, samples, report: their options, and the functions that show a run's results."""
+"""fusedrl judge: its options, and the function that shows what came of it."""
 
 from __future__ import annotations
 
@@ -27,31 +27,8 @@ if TYPE_CHECKING:
     from fusedrl.engine.watch.judge import Answers
 
 
-def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
-    """Add the three subcommands. Parsed options run the command by `options.call(options)`."""
-    _judge_options(commands)
-    samples = commands.add_parser(
-        "samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False
-    )
-    samples.set_defaults(call=_samples)
-    samples.add_argument("run", metavar="RUN", help="a run directory")
-    samples.add_argument(
-        "--columns",
-        type=count,
-        default=4,
-        help="evaluations shown: first, last, and between (default: %(default)s)",
-    )
-
-    report = commands.add_parser(
-        "report",
-        help="a run's metrics at the beginning, half-way and at the end, and its alarms",
-        allow_abbrev=False,
-    )
-    report.set_defaults(call=_report)
-    report.add_argument("run", metavar="RUN", help="a run directory")
-
-
-def _judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
+def judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the subcommand. Parsed options run the command by `options.call(options)`."""
     judge = commands.add_parser(
         "judge",
         help="the completions of two models against each other, each pair in both orders",
@@ -152,22 +129,3 @@ def _answers(
     drawn = [completion for out in outs for completion in out]
     said = Answers([c.text for c in drawn], [c.token_ids for c in drawn])
     return [c.prompt_ids for c in drawn], said
-
-
-def _samples(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from fusedrl.engine.watch.run_report import samples_table
-
-    Console().print(samples_table(options.run, options.columns))
-
-
-def _report(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from fusedrl.engine.watch.run_report import alarm_messages, metrics_table
-
-    console = Console()
-    console.print(metrics_table(options.run))
-    for text in alarm_messages(options.run):
-        console.print(text, style="bold red", markup=False)

@@ -1,0 +1,141 @@
+"""fusedrl samples, report, watch: their options, and the functions that show runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.cli.common import Parser, output_file, report_json
+
+if TYPE_CHECKING:
+    from fusedrl.engine.watch.run_files import RunRecord
+
+
+def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the three subcommands. Parsed options run the command by `options.call(options)`."""
+    samples = commands.add_parser(
+        "samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False
+    )
+    samples.set_defaults(call=_samples)
+    samples.add_argument("run", metavar="RUN", help="a run directory")
+    samples.add_argument(
+        "--columns",
+        type=int,
+        default=4,
+        help="evaluations shown: first, last, and between (default: %(default)s)",
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="what runs measured and how they differ: on the terminal, as one HTML page, as JSON",
+        allow_abbrev=False,
+    )
+    report.set_defaults(call=_report)
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run directory; several are compared"
+    )
+    report.add_argument(
+        "--html", type=_page_file, metavar="FILE", help="one page with curves and completions"
+    )
+    report.add_argument(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help='the figures; "-" is standard output, without the tables',
+    )
+
+    watch = commands.add_parser(
+        "watch",
+        help="write the page of runs again and again until they end",
+        allow_abbrev=False,
+    )
+    watch.set_defaults(call=_watch)
+    watch.add_argument(
+        "runs", metavar="RUN", nargs="+", help="the directory of a run that is going on"
+    )
+    watch.add_argument(
+        "--html", type=_page_file, metavar="FILE", required=True, help="the page to write"
+    )
+    watch.add_argument(
+        "--every",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="time between two pages (default: %(default)g)",
+    )
+
+
+def _page_file(text: str) -> str:
+    if text == "-":
+        raise argparse.ArgumentTypeError("expected a file to write the page to, got '-'")
+    return output_file(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 1 <= float(text) <= 86400:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number of seconds, at least 1, got {text!r}")
+
+
+def _read(directories: list[str]) -> list[RunRecord]:
+    from fusedrl.engine.watch.run_files import open_runs
+
+    return [files.read() for files in open_runs(directories)]
+
+
+def _samples(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fusedrl.engine.watch.run_report import samples_table
+
+    Console().print(samples_table(_read([options.run])[0], options.columns))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fusedrl.engine.watch.run_report import summary
+
+    runs = _read(options.runs)
+    if options.html is not None:
+        from fusedrl.engine.watch.page.page import write_page
+
+        write_page(runs, Path(options.html))
+    if options.json is not None:
+        report_json(summary(runs), options.json, lambda: _show(runs, options.html))
+    else:
+        _show(runs, options.html)
+
+
+def _show(runs: list[RunRecord], html: str | None) -> None:
+    from rich.console import Console
+
+    from fusedrl.engine.watch.run_report import comparison_tables, metrics_table
+
+    console = Console()
+    for table in [metrics_table(runs[0])] if len(runs) == 1 else comparison_tables(runs):
+        console.print(table)
+    for run in runs:
+        front = f"{run.name}: " if len(runs) > 1 else ""
+        for alarm in run.alarms:
+            console.print(front + alarm.text, style="bold red", markup=False, highlight=False)
+        for note in run.notes:
+            console.print(f"{run.name}: {note}", style="dim", markup=False, highlight=False)
+    if html is not None:
+        console.print(f"The page is {html}", markup=False, highlight=False)
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from fusedrl.engine.runs.terminal import say
+    from fusedrl.engine.watch.page.follow import follow
+    from fusedrl.engine.watch.run_files import open_runs
+
+    path = Path(options.html)
+    try:
+        said = follow(open_runs(options.runs), path, options.every, say)
+    except ConfigError as error:  # a run that was deleted meanwhile
+        raise ConfigError(f"watch: {error}") from error
+    say(f"watch: {said}; the page is {path}")
