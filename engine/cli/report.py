@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.cli.common import Parser, output_file, report_json
+from fusedrl.engine.cli.common import Parser, count, output_file, report_json
 
 if TYPE_CHECKING:
     from fusedrl.engine.watch.run_files import RunRecord
@@ -22,7 +22,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     samples.add_argument("run", metavar="RUN", help="a run directory")
     samples.add_argument(
         "--columns",
-        type=int,
+        type=count,
         default=4,
         help="evaluations shown: first, last, and between (default: %(default)s)",
     )

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.convert import Reading, ReadOptions
 from fusedrl.engine.data.fields import answer
 from fusedrl.engine.data.formats import FORMATS, Format, check_row, named, template_of
-from fusedrl.engine.data.lines import BadRow, Dropped, Row, parse_row, read_lines
+from fusedrl.engine.data.lines import BadRow, Dropped, Row
 from fusedrl.engine.data.readers import REWARD_ARGUMENTS, SHOWN, Data, Source, parse_data
 from fusedrl.engine.data.records import (
     AnsweredExample,
@@ -23,6 +22,7 @@ from fusedrl.engine.data.records import (
     ScoredExample,
     UnpairedExample,
 )
+from fusedrl.engine.data.rows import read_rows
 
 _KINDS = (RankedExample, PairExample, UnpairedExample, ScoredExample, Demonstration)
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def load_answered(data: Data) -> list[AnsweredExample]:
         _read(source, found, bad, dropped)
         if len(found) == before and not bad:
             why = "; ".join(f"{count} dropped: {name}" for name, count in dropped.items())
-            raise DataError(f"{source.path}: no usable row ({why or 'the file is empty'})")
+            raise DataError(f"{source.name}: no usable row ({why or 'the file is empty'})")
     if bad:
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DataError(
@@ -65,14 +65,14 @@ def load_answered(data: Data) -> list[AnsweredExample]:
 def _read(
     source: Source, found: list[AnsweredExample], bad: list[str], dropped: Counter[str]
 ) -> None:
-    path = Path(source.path)
+    path = source.name
     entry = named(source.format) if source.format is not None else None
     reading: Reading | None = None
-    for number, raw, fault in read_lines(path):
+    for one in read_rows(source):
+        row, number = one.row, one.number
         try:
-            if fault:
-                raise BadRow(fault)
-            row = parse_row(raw)
+            if one.fault:
+                raise BadRow(one.fault)
             entry = entry or _format_of(row)
             if entry is None or not any(kind in entry.reads for kind in _KINDS):
                 raise DataError(

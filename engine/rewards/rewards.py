@@ -471,9 +471,11 @@ def _no_reward(spec: str) -> str:
     return f"there is no such directory: {no_such(spec)}{fetched}"
 
 
-def import_function(path: Path, function: str, what: str = "reward") -> Callable[..., Any]:
+def import_function(
+    path: Path, function: str, what: str = "reward", *, classes: bool = False
+) -> Callable[..., Any]:
     """Import a function from a Python file that is not part of a package. `what` names the
-    function's role in error messages.
+    function's role in error messages. `classes`: a class serves as well.
 
     Raises:
         RewardError: no such file, no such function, a failed import.
@@ -514,7 +516,7 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
             f"{what} {path}:{function}: the file has no {function!r}; its functions: "
             f"{', '.join(known) or 'none'}"
         )
-    if inspect.isclass(found):
+    if inspect.isclass(found) and not classes:
         raise RewardError(
             f"{what} {path}:{function}: expected a function, got a class; name a function, or an "
             f"object of that class in the file: {function.lower()} = {function}()"

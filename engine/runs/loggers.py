@@ -113,7 +113,7 @@ def _find(name: str) -> Any:
         return name
     path, colon, inside = name.rpartition(":")
     if colon and path.endswith(".py"):
-        return import_function(Path(path), inside, "run.log")
+        return import_function(Path(path), inside, "run.log", classes=True)
     known = [*CLIENTS, *_REGISTERED]
     close = difflib.get_close_matches(name, known, 1)
     raise ConfigError(

@@ -389,6 +389,12 @@ def _check(directory: Path) -> None:
             "expected the directory of a run, and "
             f"{f'{directory} is a file' if directory.exists() else no_such(directory)}"
         )
+    run = directory.resolve().parent
+    if not (directory / "metrics.jsonl").is_file() and (run / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"{directory}: expected a run directory; the run that it belongs to is "
+            f"{directory.parent}"
+        )
     if any((directory / name).is_file() for name in FILES):
         return
     inside = sorted(
@@ -396,5 +402,5 @@ def _check(directory: Path) -> None:
         for path in directory.iterdir()
         if path.is_dir() and any((path / name).is_file() for name in FILES)
     )
-    hint = f"; runs there: {', '.join(inside[:8])}" if inside else ""
+    hint = f"; runs there: {', '.join(inside[:8])}" if inside else "; name what was --run.dir"
     raise ConfigError(f"{directory}: expected a run directory with one of {', '.join(FILES)}{hint}")

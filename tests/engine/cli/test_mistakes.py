@@ -217,7 +217,7 @@ def test_each_mistake_is_named_with_its_remedy(answer, folder, case):
     assert seconds < SECONDS
     # at most a lock and a configuration, over which the mended command runs
     left = {path.name for path in (folder / "runs/latest").glob("*")} - {"rejects.jsonl"}
-    assert left <= {"config.json", "lock", "checkpoints", *EMPTY}
+    assert left <= {"config.json", "status.json", "lock", "checkpoints", *EMPTY}
     assert not any((folder / "runs/latest/checkpoints").glob("*"))
 
 

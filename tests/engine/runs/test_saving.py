@@ -22,7 +22,13 @@ import pytest
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.base.errors import CheckpointError, ConfigError, RewardError, Stopped
+from fusedrl.engine.base.errors import (
+    CheckpointError,
+    ConfigError,
+    RewardError,
+    SetupError,
+    Stopped,
+)
 from fusedrl.engine.cli.main import main, parse_config, resume_command
 from fusedrl.engine.config import (
     CriticConfig,
@@ -306,13 +312,13 @@ def test_an_exception_saves_the_last_completed_step(make, kind, capsys):
     parts = make(kind, "parts")
     where = "update" if kind in ("sft", "reward", "dpo") else "rollout"
     error = MemoryError("a fault of the test")
-    with disturbed(where, fail(error)), pytest.raises(MemoryError) as caught:
+    with disturbed(where, fail(error)), pytest.raises(SetupError, match="out of memory") as caught:
         run_of(parts)
-    assert caught.value is error
+    assert caught.value.__cause__ is error
     assert last(parts) == AT
     told = capsys.readouterr().err
     assert f"step {AT} is in {parts.run.dir}/checkpoints/step_{AT:08d}; go on with" in told
-    assert any(f"step {AT} is in" in note for note in error.__notes__)
+    assert any(f"step {AT} is in" in note for note in caught.value.__notes__)
     assert_same(resumed(parts), undisturbed(make, kind))
 
 
@@ -328,7 +334,10 @@ def test_an_exception_saves_the_last_completed_step(make, kind, capsys):
 )
 def test_wherever_it_comes_from(make, where, error):
     parts = make("everything", "parts")
-    with disturbed(where, fail(error)), pytest.raises((type(error), RuntimeError, RewardError)):
+    with (
+        disturbed(where, fail(error)),
+        pytest.raises((type(error), RuntimeError, RewardError, SetupError)),
+    ):
         run_of(parts)
     assert last(parts) == AT
     assert_same(resumed(parts), undisturbed(make, "everything"))
@@ -336,7 +345,7 @@ def test_wherever_it_comes_from(make, where, error):
 
 def test_half_way_through_an_update_the_checkpoint_before_is_named(make, capsys):
     parts = make("everything", "parts")
-    with disturbed("half-way", fail(MemoryError())), pytest.raises(MemoryError):
+    with disturbed("half-way", fail(MemoryError())), pytest.raises(SetupError):
         run_of(parts)
     told = capsys.readouterr().err
     assert (
