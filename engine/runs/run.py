@@ -366,6 +366,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         code = next((code for code, _ in told if code is not None), None)
         if saver.step == self.total or told[0][1] or code is not None:
             self._save(saver)
+        if self.ranks.size == 1:  # alone, it need not ask the others about one that came since
+            code = self._exit
         if code is not None:
             raise Stopped(code)
 

@@ -45,6 +45,7 @@ from fusedrl.engine.runs.terminal import Progress
 
 pytestmark = pytest.mark.cpu_only("what is shown is the same on every device")
 ROOT = Path(__file__).resolve().parents[3]
+UNSET = {"COLUMNS": "", "LINES": ""}  # they would stand for the size of the terminal
 VALUES = {
     "reward": 0.25,
     "kl": 3.0,
@@ -89,7 +90,8 @@ def _start(width: int, *arguments: str, height: int = 24, **options) -> Terminal
         [sys.executable, "-c", SCRIPT, *arguments],
         width,
         height,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TERM": "xterm"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TERM": "xterm", **UNSET},
         cwd=ROOT,
         **options,
     )
@@ -173,7 +175,8 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines():
     shown = Terminal(
         [sys.executable, "-c", SCRIPT, "4"],
         80,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TERM": "dumb"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TERM": "dumb", **UNSET},
         cwd=ROOT,
     )
     shown.type("go\r")
@@ -212,6 +215,7 @@ def run_on_terminal(tmp_path):
                 "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
                 "TERM": "xterm",
                 "OMP_NUM_THREADS": "1",
+                **UNSET,
             },
             nohup=nohup,
         )
