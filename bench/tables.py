@@ -48,11 +48,11 @@ SHORT = {
         "transformers, padded",
     ): "training, a model of 135M: 8 texts of 95 to 233 tokens",
     (
-        "step",
-        "GRPO step",
-        "8 x 8 x 64",
+        "instruct",
+        "GRPO step, 135M",
+        "8 of GSM8K x 8 x 128",
         "TRL",
-    ): "a GRPO step: 8 prompts x 8 completions x 64 tokens",
+    ): "a GRPO step, a model of 135M: 8 prompts x 8 completions x 128 tokens",
     (
         "logprob",
         "logprob + entropy, forward+backward",
