@@ -405,6 +405,8 @@ def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(option
         while not stop.is_set():
             move(1.0 if count % 2 == 0 else -1.0)
             count += 1
+            if count % 8 == 0:
+                stop.wait(0.02)  # for a completion that no step comes into
         return count
 
     def generates():

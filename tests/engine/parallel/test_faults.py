@@ -178,7 +178,7 @@ def test_metrics_of_the_division_are_those_of_the_page(noted):
     }
     section = METRICS.partition("## Several devices")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
-    phases = ("generate_and_reward", "score", "advantage", "train")
+    phases = ("generate_and_reward", "score", "advantage", "train", "evaluate")
     expected = {
         name.replace("<k>", str(rank)).replace("<phase>", phase)
         for name in listed
@@ -290,14 +290,14 @@ def test_a_process_takes_the_card_with_its_number_or_the_only_one(rank, there, t
 
 def test_one_device_for_all_processes_is_refused(capsys):
     with pytest.raises(ConfigError, match=r"expected --device cuda with --devices 2, got cuda:0"):
-        devices.launch([], 2, "cuda:0")
+        devices.launch(["train"], 2, "cuda:0")
 
 
 def test_fewer_cards_than_processes_are_refused_unless_the_run_is_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SetupError, match="expected --devices 2 to be at most the 1 GPUs"):
-        devices._check_cards(2, None)
-    devices._check_cards(2, "cpu")
+        devices._check_cards("train", 2, None)
+    devices._check_cards("train", 2, "cpu")
 
 
 @pytest.mark.parametrize(

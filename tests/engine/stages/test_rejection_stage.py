@@ -367,7 +367,7 @@ def test_the_commands_of_dpo(tiny_model, tmp_path, write_jsonl, capsys):
     ):
         assert main(["train", arguments[0], "--model", "m", "--data", "d", *arguments[1:]]) == 2
         assert message in capsys.readouterr().err
-    assert main(["train", "dpo", "--help"]) == 0
+    assert main(["train", "dpo", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--nll_coef" in shown
     assert "sums" in shown
