@@ -362,14 +362,16 @@ class Run(contextlib.AbstractContextManager["Run"]):
         saver.complete(step + 1, self._skipped)
         # a signal may reach a single rank, and only the first rank's clock counts
         told = self.ranks.gather("the end of a step", [self._exit, saver.due()])
-        # a signal that comes after this rank has told is for the end of the next step
-        code = next((code for code, _ in told if code is not None), None)
-        if saver.step == self.total or told[0][1] or code is not None:
+        agreed = next((code for code, _ in told if code is not None), None)
+
+        def code() -> int | None:
+            """Of a signal that came since, the other ranks hear at the end of the next step."""
+            return self._exit if self.ranks.size == 1 else agreed
+
+        if saver.step == self.total or told[0][1] or code() is not None:
             self._save(saver)
-        if self.ranks.size == 1:  # alone, it need not ask the others about one that came since
-            code = self._exit
-        if code is not None:
-            raise Stopped(code)
+        if (stopped := code()) is not None:
+            raise Stopped(stopped)
 
     def stop(self, code: int) -> None:
         """End the process with this exit code once the step is saved. If a signal came before, its

@@ -67,9 +67,11 @@ def test_the_last_block_that_may_be_python():
 )
 def test_limits(program, code, ended):
     began = time.monotonic()
-    ran = run_program(program, "", **LIMITS)
+    # who ends itself has time for it on a busy machine
+    seconds = {"seconds": 8.0} if ended == "itself" else {}
+    ran = run_program(program, "", **LIMITS | seconds)
     assert (ran.code, ran.ended) == (code, ended), ran.stderr[-300:]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     assert len(ran.stdout) + len(ran.stderr) < 2 << 20
 
 
