@@ -524,6 +524,12 @@ class TinkerClient:
                 f"TinkerClient.load_state: {found.path} is of another model: its tensors are not "
                 "those that the actor trains, in name, shape or dtype"
             )
+        drawn = found.state.get("samples")
+        if moments and not isinstance(drawn, int):
+            raise CheckpointError(
+                f"TinkerClient.load_state_with_optimizer: {found.path} is not a state that "
+                "save_state wrote; load_state takes its weights alone"
+            )
         state = found.tensors.get("optimizer", {})
         if not moments:  # masters without moments, as at the beginning
             state = {
@@ -537,8 +543,8 @@ class TinkerClient:
             raise CheckpointError(f"TinkerClient.load_state: {found.path}: {error}") from error
         self._optimizer.zero_grad()
         self._failed = None
-        if moments:
-            self._drawn = int(found.state["samples"])
+        if moments and isinstance(drawn, int):
+            self._drawn = drawn
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(saved[name])

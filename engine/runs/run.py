@@ -81,7 +81,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def __init__(self, config: StageConfig, total: int | None, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
         self.settings = config.run
-        self.total = total or 0
+        self.total, self.start = total or 0, 0
         self.last_metrics: dict[str, float] = {}
         self._config = config
         self._title = config.title
@@ -179,7 +179,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 self.directory,
                 {
                     "state": state,
-                    "total": self.total or None,
+                    "total": max(self.total, self.start) if self.total else None,
                     "devices": self.ranks.size,
                     "working_directory": str(Path.cwd()),
                     "best": [best.name, best.step, best.value] if best and best.step else None,
@@ -315,7 +315,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             names=self.settings.column_names,
             activity=self.activity,
         )
-        if self.settings.progress and first:
+        finished = bool(self.total) and self.start >= self.total
+        if self.settings.progress and first and not finished:
             shown.header(facts_of(self._config, learner, self.ranks, self.start, self.total))
         if self.settings.loggers and first:
             of = flat(config_to_dict(self._config))
@@ -365,7 +366,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         agreed = next((code for code, _ in told if code is not None), None)
 
         def code() -> int | None:
-            """Of a signal that came since, the other ranks hear at the end of the next step."""
+            """Return the code to stop with. Of several ranks, a signal that came since they told
+            one another waits for the end of the next step."""
             return self._exit if self.ranks.size == 1 else agreed
 
         if saver.step == self.total or told[0][1] or code() is not None:

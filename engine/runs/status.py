@@ -25,9 +25,23 @@ def write_status(run_dir: Path, values: Mapping[str, Any]) -> None:
     write_file(run_dir / FILE, (json.dumps(dict(values), indent=1) + "\n").encode())
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "state": (str,),
+    "total": (int,),
+    "devices": (int,),
+    "working_directory": (str,),
+    "best": (list,),
+}
+
+
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return the contents of <run>/status.json; empty if there is none that can be read."""
-    return _json(run_dir / FILE)
+    """Return the contents of <run>/status.json, without what is not of its type; empty if there is
+    none that can be read."""
+    return {
+        name: value
+        for name, value in _json(run_dir / FILE).items()
+        if name not in _KINDS or isinstance(value, _KINDS[name])
+    }
 
 
 @dataclass(frozen=True)

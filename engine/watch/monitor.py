@@ -190,7 +190,7 @@ class FlatRewards:
             return causes
         causes.append(
             "the reward never finds what it looks for (the format of an answer, a column of the "
-            "data)"
+            "data), or returns one value for everything: fusedrl reward-check tries it"
         )
         causes.append(
             "the prompts are all too hard for the policy, or all too easy: take others, or more "

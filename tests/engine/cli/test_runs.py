@@ -126,6 +126,13 @@ def test_a_finished_run_goes_on_with_more_steps_and_in_a_new_place(place, capsys
     assert "continuing after step 1 of 2" in said
     assert run_state("moved").step == 2
     assert not Path("one").exists()
+    assert main(["resume", "moved", "--steps", "1"]) == 0
+    assert "finished already, at step 2" in capsys.readouterr().err
+    (row,) = listed(capsys, "moved")
+    assert (row["state"], row["step"], row["total"]) == ("finished", 2, 2)
+    wrong = {"state": 5, "total": "x", "devices": "two", "working_directory": 7, "best": "no"}
+    Path("moved/status.json").write_text(json.dumps(wrong))
+    assert main(["resume", "moved"]) == 0
     assert main(["resume", "moved", "--optim.lr", "1"]) == 2
     assert "optim.lr" in capsys.readouterr().err
     assert main(["resume", "moved", "--stps", "3"]) == 2

@@ -14,6 +14,7 @@ from fusedrl.engine.base.errors import CheckpointError, SetupError
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.rollout.tinker import TinkerClient
 from fusedrl.engine.rollout.tinker_losses import LOSSES, loss_of
+from fusedrl.engine.runs.checkpoint import latest_checkpoint, save_checkpoint
 
 tinker = pytest.importorskip("tinker", reason="tinker is not installed: pip install tinker")
 ADAM = tinker.AdamParams(learning_rate=1e-2)
@@ -336,6 +337,12 @@ def test_states_are_named_once_and_verified(make, tmp_path):
     assert now != before
     trained_on(client, [2])
     client.load_state(path)
+    assert trained_on(client, [])[1] == now
+    found = latest_checkpoint(path)
+    other = tmp_path / "of a run"
+    save_checkpoint(other, 1, found.tensors, {})
+    with pytest.raises(CheckpointError, match="is not a state that save_state wrote"):
+        client.load_state_with_optimizer(other).result()
     assert trained_on(client, [])[1] == now
     for name in ("../b", "", "a/b", ".hidden"):
         with pytest.raises(ValueError, match="expected a name of letters"):
