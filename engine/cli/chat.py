@@ -7,7 +7,13 @@ import sys
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli.common import Parser, check_device
-from fusedrl.engine.cli.models import device_options, load_actor, sampling_options, stop_option
+from fusedrl.engine.cli.models import (
+    device_options,
+    generation_of,
+    load_actor,
+    sampling_options,
+    stop_option,
+)
 
 
 def chat_options(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -35,18 +41,10 @@ def _chat(options: argparse.Namespace) -> None:
     if options.adapter is not None and options.model is None:
         raise ConfigError("chat: --adapter belongs to MODEL; give --a and --b merged models")
     check_device(options.device)
-    from fusedrl.engine.generation.sampler import SamplingParams
+    from fusedrl.engine.rollout.rollout import params_of
     from fusedrl.engine.tools.chat import Chat, Speaker
 
-    params = SamplingParams(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        seed=options.seed,
-        stop_token_ids=tuple(options.stop_token_ids),
-    )
+    params = params_of(generation_of(options), n=1, seed=options.seed)
     actors = [load_actor(path, options) for path in paths]
     if options.adapter is not None:
         actors[0].load_adapter(options.adapter)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.errors import ConfigError, RewardError
 from fusedrl.engine.cli.common import Parser, check_device, count, output_file, report_json
 from fusedrl.engine.cli.devices import on_devices
 from fusedrl.engine.cli.models import (
@@ -119,7 +119,7 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
     rewards = {"reward": load_rewards(options.reward, actors, ranks)}
     examples = some(readers, everything, options)
     found = []
-    for number, actor in enumerate(actors):
+    for number, (name, actor) in enumerate(zip(names, actors, strict=True)):
         # request ids that differ, so that samples differ even if both models are the same
         ids = range(number * len(examples), (number + 1) * len(examples))
         found.append(
@@ -135,6 +135,7 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
             )
         )
         actor.release_cache()
+        _check_rewarded(found[-1].scores["reward"], name, options)
     rows = [standing(one, options.n, threshold=options.right) for one in found]
     if len(found) == 2:
         ours, theirs = (one.scores["reward"] for one in found)
@@ -160,6 +161,15 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
             told,
             options.output_json,
             lambda: Console(markup=False).print(standing_table(names, rows, title)),
+        )
+
+
+def _check_rewarded(scores: Sequence[float], name: str, options: argparse.Namespace) -> None:
+    if all(map(math.isnan, scores)):
+        raise RewardError(
+            f"eval: expected rewards of the completions of {name}, and all {len(scores)} are None "
+            f"or not finite; try it: fusedrl reward-check {options.reward[0]} --data "
+            f"{options.data} --model {name}"
         )
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from fusedrl.engine.base.errors import RewardError, SetupError
 from fusedrl.engine.rewards.answers import final_answer, last_number, plain, same_answer
 from fusedrl.engine.rewards.endpoint import judge
-from fusedrl.engine.rewards.programs import code
+from fusedrl.engine.rewards.programs import TESTS, code
 from fusedrl.engine.rewards.texts import column_of, text_of
 
 GOLD = ("gold", "answer", "solution", "ground_truth", "target")  # columns of right answers
@@ -270,7 +270,8 @@ def ready(spec: str) -> Ready | None:
 
     Raises:
         RewardError: an option that the reward does not have, lacks, or whose value is of another
-            type.
+            type or outside its range.
+        SetupError: a package that the reward needs is missing.
     """
     name, colon, rest = spec.partition(":")
     if name not in READY:
@@ -292,7 +293,10 @@ def ready(spec: str) -> Ready | None:
     for key, one in known.items():
         if one.default is one.empty and key not in options:
             raise RewardError(f"reward {spec!r}: expected {name}:{key}=..., which has no default")
-    return Ready(READY[name], options)
+    reward = Ready(READY[name], options)
+    # of no completion, so that wrong options and missing packages are told before a rollout
+    reward([], [], [], **dict.fromkeys([*GOLD, *TESTS, options.get("column", "")], ()))
+    return reward
 
 
 def _typed(spec: str, key: str, value: str, kind: str) -> Any:

@@ -16,6 +16,7 @@ Source    tinker 0.38 (tinker/types, lib/public_interfaces).
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -331,11 +332,13 @@ class TinkerClient:
             raise ValueError(
                 f"TinkerClient.optim_step: expected tinker.AdamParams, got {type(p).__name__}"
             )
+        numbers = p.learning_rate, p.eps, p.weight_decay, p.beta1, p.beta2, p.grad_clip_norm
         inside = p.learning_rate >= 0 and p.eps > 0 and p.weight_decay >= 0
-        if not (inside and 0 <= p.beta1 < 1 and 0 <= p.beta2 < 1):
+        inside = inside and 0 <= p.beta1 < 1 and 0 <= p.beta2 < 1
+        if not (inside and all(map(math.isfinite, numbers))):
             raise ValueError(
-                "TinkerClient.optim_step: expected learning_rate and weight_decay >= 0, betas in "
-                f"[0, 1) and eps > 0, got {p}"
+                "TinkerClient.optim_step: expected finite numbers, learning_rate and weight_decay "
+                f">= 0, betas in [0, 1) and eps > 0, got {p}"
             )
         return self._alone(self._step, p)
 
@@ -556,13 +559,15 @@ class TinkerClient:
         engines load. The client itself needs no such copy.
 
         Raises:
-            ValueError: the name is not plain, or is taken.
+            ValueError: the name is not plain; by the result: it is taken.
         """
         path = self._place(self._samples, name)
-        if path.exists():
-            raise ValueError(f"TinkerClient.save_weights_for_sampler: {path} exists")
 
         def save() -> Any:
+            if path.exists():
+                raise ValueError(
+                    f"TinkerClient.save_weights_for_sampler: {path} exists; choose another name"
+                )
             self._actor.save_pretrained(path)
             return self._types.SaveWeightsForSamplerResponse(path=str(path))
 

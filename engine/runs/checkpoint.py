@@ -496,6 +496,10 @@ class RunDirectory:
 
     def _check_unchanged(self, current: dict[str, Any], config: Any) -> None:
         path = self.dir / "config.json"
+        read = {
+            "data_sha256": f"{config.data} holds other data than before: ",
+            "model_sha256": f"{config.model} holds other weights than before: ",
+        }
         try:
             saved = _upgraded(json.loads(path.read_bytes()), type(config))
             if saved["stage"] != current["stage"]:
@@ -505,7 +509,7 @@ class RunDirectory:
                 )
             differences = config_diff(saved["config"], current["config"])
             differences += [
-                f"{key}: {saved[key]} -> {current[key]}"
+                f"{read.get(key, '')}{key}: {saved[key]} -> {current[key]}"
                 for key in current
                 if key != "config" and saved[key] != current[key]
             ]

@@ -100,6 +100,15 @@ def test_a_signal_while_the_ranks_tell_one_another_is_not_lost(furnished, monkey
     assert steps_of(furnished, "told")[-1] == 1
 
 
+def test_a_signal_to_one_of_two_after_it_has_told_ends_both_after_the_next_step(furnished):
+    code, said = ended(start(furnished, "signalled_late", 5, "signalled", 2))
+    assert code == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert steps_of(furnished, "signalled")[-1] == 2
+    rows = (furnished / "signalled" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
 # ---- processes, their parent and their cores -----------------------------------------------------
 def test_the_processes_end_with_the_one_that_started_them(furnished):
     """A launcher that is killed can tell nobody; the step is completed and saved all the same."""

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -329,6 +330,10 @@ def test_states_are_named_once_and_verified(make, tmp_path):
     path = client.save_state("a").result().path
     with pytest.raises(ValueError, match="exists; choose another name"):
         client.save_state("a").result()
+    first, second = (client.save_weights_for_sampler("s") for _ in range(2))
+    first.result()
+    with pytest.raises(ValueError, match="exists; choose another name"):
+        second.result()
     before = trained_on(client, [])[1]
     trained_on(client, [1])
     client.save_state("a", overwrite=True, ttl_seconds=3600).result()
@@ -450,6 +455,11 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(make):
             "expected temperature",
         ),
         (lambda: client.optim_step(tinker.AdamParams(beta1=1.0)), r"betas in \[0, 1\)"),
+        *(
+            (partial(client.optim_step, tinker.AdamParams(**{name: value})), "finite numbers")
+            for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm")
+            for value in (math.inf, math.nan)
+        ),
         (lambda: client.optim_step(object()), "expected tinker.AdamParams"),
         (lambda: client.forward_backward_custom([good], "mean"), "expected a function"),
     ):

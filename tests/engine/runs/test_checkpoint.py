@@ -483,11 +483,11 @@ def test_a_run_is_continued_only_unchanged(config, tmp_path, device):
         "  optim.betas: [0.9, 0.999] -> [0.5, 0.9]",
     ]
     Path(config.data).write_text("{ }\n")
-    with pytest.raises(ConfigError, match="data_sha256"):
+    with pytest.raises(ConfigError, match="holds other data than before: data_sha256"):
         RunDirectory(resumed)
     Path(config.data).write_text("{}\n")
     Path(config.model, "model.safetensors").write_bytes(b"Weights")
-    with pytest.raises(ConfigError, match="model_sha256"):
+    with pytest.raises(ConfigError, match="holds other weights than before: model_sha256"):
         RunDirectory(resumed)
 
 
