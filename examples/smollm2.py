@@ -79,7 +79,10 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
     except Unreadable:
         raise
     except Exception as error:
-        raise ValueError(f"{file}: not a whole GGUF file ({error})") from None
+        raise ValueError(
+            f"{file}: not a whole GGUF file, of {file.stat().st_size:,} bytes; copy or download it "
+            f"again ({error})"
+        ) from None
     kind, cut = (
         fields[name].contents() if name in fields else None
         for name in ("general.architecture", "tokenizer.ggml.pre")
