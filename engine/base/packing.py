@@ -43,22 +43,59 @@ _PER_TOKEN = (
 _PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
 
 
+def cost_of(tokens: int) -> int:
+    """Return the cost of a forward and backward pass over a sequence, in arbitrary units:
+    proportional to its tokens, plus a quadratic part for attention."""
+    return tokens * (4096 + tokens)
+
+
 def split_by_tokens(
-    sized: Iterable[tuple[int, int]], tokens_per_microbatch: int
+    sized: Iterable[tuple[int, int]], tokens_per_microbatch: int, lanes: int = 1
 ) -> list[list[int]]:
     """Group (index, tokens) items into micro-batches of at most `tokens_per_microbatch` tokens.
     Items are taken longest first, so that each micro-batch has similar lengths; an item above the
-    limit gets a micro-batch of its own. The result depends on the arguments alone."""
+    limit gets a micro-batch of its own. The result depends on the arguments alone.
+
+    Args:
+        lanes: into how many equal shares the micro-batches will be dealt. Above 1 their number is a
+            multiple of it, where there are as many items, and their costs are as even as can be.
+    """
     if tokens_per_microbatch < 1:
         raise ValueError(f"expected tokens_per_microbatch >= 1, got {tokens_per_microbatch}")
+    items = sorted(sized, key=lambda item: (-item[1], item[0]))
     parts: list[list[int]] = []
     room = 0
-    for index, tokens in sorted(sized, key=lambda item: (-item[1], item[0])):
+    for index, tokens in items:
         if not parts or tokens > room:
             parts.append([])
             room = tokens_per_microbatch
         parts[-1].append(index)
         room -= tokens
+    if lanes == 1 or not items:
+        return parts
+    count = len(parts)
+    while True:
+        count = min(len(items), -(-count // lanes) * lanes)
+        if (even := _evenly(items, tokens_per_microbatch, count)) is not None:
+            return even
+        count += 1
+
+
+def _evenly(
+    items: Sequence[tuple[int, int]], tokens_per_microbatch: int, count: int
+) -> list[list[int]] | None:
+    """Group items, sorted by falling length, into `count` micro-batches, each item into the one
+    with the lowest cost so far that has room for it; None if an item finds no room."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    room, costs = [tokens_per_microbatch] * count, [0] * count
+    for index, tokens in items:
+        open_ = [p for p in range(count) if tokens <= room[p] or not parts[p]]
+        if not open_:
+            return None
+        part = min(open_, key=lambda p: (costs[p], p))
+        parts[part].append(index)
+        room[part] -= tokens
+        costs[part] += cost_of(tokens)
     return parts
 
 
@@ -398,6 +435,7 @@ class PackedBatch:
         tokens_per_microbatch: int,
         sequences: Sequence[int] | None = None,
         apart: Collection[int] = (),
+        lanes: int = 1,
     ) -> list[list[int]]:
         """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`.
         Sequences in `apart` are not mixed with others: their micro-batches come last."""
@@ -408,6 +446,7 @@ class PackedBatch:
             for group in split_by_tokens(
                 [(b, self.lengths[b]) for b in members if (b in apart) is among],
                 tokens_per_microbatch,
+                lanes,
             )
         ]
 

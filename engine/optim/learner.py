@@ -141,6 +141,11 @@ class Update:
         return work
 
     @property
+    def lanes(self) -> int:
+        """Number of equal shares in which `share` divides parts."""
+        return self._learner.ranks.lanes
+
+    @property
     def trees(self) -> list[Tree]:
         """The partial sums of the shared work; empty if every rank has whole gradients."""
         return self._shared

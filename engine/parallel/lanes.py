@@ -25,6 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fusedrl.engine.base.packing import cost_of
 from fusedrl.engine.parallel.ranks import Ranks
 
 BUCKET = 1 << 24  # numbers that are sent to one owner at a time
@@ -34,9 +35,9 @@ K = TypeVar("K")
 
 
 def costs_of(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> list[int]:
-    """Return the cost of a forward and backward pass over each group of sequences, in arbitrary
-    units: proportional to the tokens, plus a quadratic part for attention."""
-    return [sum(lengths[b] * (4096 + lengths[b]) for b in group) for group in groups]
+    """Return the cost of a forward and backward pass over each group of sequences, in the units of
+    `cost_of`."""
+    return [sum(cost_of(lengths[b]) for b in group) for group in groups]
 
 
 def deal(costs: Sequence[int], hands: int, most: int | None = None) -> list[list[int]]:

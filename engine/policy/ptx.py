@@ -58,7 +58,8 @@ class Ptx:
             update: divides the work among the ranks; None: this rank does all of it.
         """
         batch, scale = self._drawn(actor, index)
-        groups = batch.split(self._tokens)
+        lanes = 1 if update is None else update.lanes
+        groups = batch.split(self._tokens, lanes=lanes)
         if update is None:
             loss = torch.zeros((), device=batch.device)
             for group in groups:

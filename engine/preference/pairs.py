@@ -93,17 +93,20 @@ def read_pairs(
 
 
 def pack_pairs(
-    pairs: Sequence[TokenPair], tokens_per_microbatch: int, device: torch.device
+    pairs: Sequence[TokenPair],
+    tokens_per_microbatch: int,
+    device: torch.device,
+    lanes: int = 1,
 ) -> tuple[PackedBatch, list[list[int]]]:
     """Return (batch, cuts). Sequence 2 i of the batch is the chosen side of pair i, and 2 i + 1 the
-    rejected side. Each entry of `cuts` lists the pairs of a micro-batch."""
+    rejected side. Each entry of `cuts` lists the pairs of a micro-batch, and the micro-batches make
+    `lanes` equal shares."""
     batch = PackedBatch.from_sequences(
         ((pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)),
         device=device,
     )
-    return batch, split_by_tokens(
-        [(index, pair.num_tokens) for index, pair in enumerate(pairs)], tokens_per_microbatch
-    )
+    sized = [(index, pair.num_tokens) for index, pair in enumerate(pairs)]
+    return batch, split_by_tokens(sized, tokens_per_microbatch, lanes)
 
 
 def sequences_of(cut: Sequence[int]) -> list[int]:

@@ -142,6 +142,7 @@ def with_replay(
     replayed: PackedBatch,
     tokens_per_microbatch: int,
     apart: Collection[int] = (),
+    lanes: int = 1,
 ) -> list[list[list[int]]]:
     """Return how to split a batch that has replayed completions after its new ones into minibatches
     and micro-batches.
@@ -149,11 +150,11 @@ def with_replay(
     The new completions, 0 .. fresh - 1, keep their micro-batches, so that their ratios stay exactly
     1. The replayed completions are numbered from `fresh` on. Each minibatch gets its share of them,
     in micro-batches without new completions. Replayed completions whose number, counted from 0, is
-    in `apart` do not share a micro-batch with the rest.
+    in `apart` do not share a micro-batch with the rest. `lanes` is that of `split_by_tokens`.
     """
     R, M = replayed.num_sequences, len(fresh_cuts)
     # each minibatch gets completions of all ages
-    shares = [replayed.split(tokens_per_microbatch, range(m, R, M), apart) for m in range(M)]
+    shares = [replayed.split(tokens_per_microbatch, range(m, R, M), apart, lanes) for m in range(M)]
     return [
         cuts + [[fresh + row for row in group] for group in share]
         for cuts, share in zip(fresh_cuts, shares, strict=True)

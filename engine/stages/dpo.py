@@ -97,7 +97,9 @@ def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
             lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed)
         )
         for step, pairs in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
-            batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
+            batch, cuts = pack_pairs(
+                pairs, config.tokens_per_microbatch, actor.decoder.device, ranks.lanes
+            )
             with run.time("reference"):
                 batch = with_reference(reference, batch, cuts)
             with run.time("train"), learner.update(step, run.total) as update:

@@ -315,7 +315,7 @@ def _scored(
 ) -> tuple[PackedBatch, Cuts]:
     """Return the batch with the models' log-probabilities and values, and the first epoch's
     micro-batches."""
-    cuts = cuts_of(batch, config, step, epoch=0)
+    cuts = cuts_of(batch, config, step, 0, parts.learner.ranks.lanes)
     scored = parts.scores_first or step < config.critic_warmup
     batch = score(
         parts.actor if scored else None,
@@ -404,17 +404,17 @@ def _draw(
     return prompts.draw(config.run.seed, first, first + count), first
 
 
-def cuts_of(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
-    """Shuffle sequences into minibatches, and split each into micro-batches by tokens. Sequences
-    without a gradient get separate micro-batches. The result depends only on the batch, the
-    configuration, `step` and `epoch`."""
+def cuts_of(
+    batch: PackedBatch, config: PolicyConfig, step: int, epoch: int, lanes: int = 1
+) -> Cuts:
+    """Shuffle sequences into minibatches, and split each into micro-batches by tokens, for `lanes`
+    equal shares. Sequences without a gradient get separate micro-batches. The result depends only
+    on the arguments."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
     order = shuffled(B, config.run.seed, "minibatches", step, epoch)
     apart = without_gradient(config, batch)
-    return [
-        batch.split(config.tokens_per_microbatch, order[m * B // M : (m + 1) * B // M], apart)
-        for m in range(M)
-    ]
+    parts = [order[m * B // M : (m + 1) * B // M] for m in range(M)]
+    return [batch.split(config.tokens_per_microbatch, part, apart, lanes) for part in parts]
 
 
 @torch.no_grad()
@@ -466,16 +466,16 @@ def update(
     )
     meter = meter or Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
-    fresh = batch.num_sequences
+    fresh, lanes = batch.num_sequences, learner.ranks.lanes
     if replayed is not None:
         apart = without_gradient(config, replayed.batch)
         first_cuts = with_replay(
-            first_cuts, fresh, replayed.batch, config.tokens_per_microbatch, apart
+            first_cuts, fresh, replayed.batch, config.tokens_per_microbatch, apart, lanes
         )
         batch = PackedBatch.concat([batch, replayed.batch])
     idle, trained, given = without_gradient(config, batch), 0, 0
     for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch, lanes):
             weighted = _weighted(batch, minibatch, config)
             last = epoch == config.epochs - 1
             moving = [group for group in minibatch if not idle.issuperset(group)] or minibatch[:1]
@@ -556,9 +556,9 @@ def update_critic(
     total_updates, done = _updates(config, step, rollouts)
     stats: list[ValueStats] = []
     norms: list[float] = []
-    scale = ValueScale.of(config, batch, control.unit or 1.0)
+    scale, lanes = ValueScale.of(config, batch, control.unit or 1.0), learner.ranks.lanes
     for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch, lanes):
             weighted = _weighted(batch, minibatch, config)
             with learner.update(done, total_updates) as one:
                 work = one.share(minibatch, costs_of(batch.lengths, minibatch))

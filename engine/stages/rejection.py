@@ -163,7 +163,7 @@ def imitate(
             with learner.update(
                 (step * config.epochs + epoch) * config.minibatches + part, total
             ) as update:
-                groups = batch.split(config.tokens_per_microbatch, members)
+                groups = batch.split(config.tokens_per_microbatch, members, lanes=update.lanes)
                 work = update.share(groups, costs_of(batch.lengths, groups))
                 for group in work:
                     micro = batch.select(group)

@@ -208,7 +208,7 @@ def gradients(
     """
     device, weight = model.decoder.device, sum(c.weight for c in chosen)
     tokens = sum(len(c.completions[i]) for c in chosen for i in c.preferred)
-    groups = _split(chosen, config.tokens_per_microbatch)
+    groups = _split(chosen, config.tokens_per_microbatch, update.lanes)
     work = update.share(groups, costs_of([c.tokens for c in chosen], groups))
     nothing = torch.zeros((), device=device)
     for index in work:
@@ -242,11 +242,13 @@ def gradients(
     return {name: value.item() for name, value in sums.items() if name not in left_out}
 
 
-def _split(comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> list[list[int]]:
-    """Split comparisons into micro-batches; the completions of a comparison stay together."""
-    return split_by_tokens(
-        [(i, c.tokens) for i, c in enumerate(comparisons)], tokens_per_microbatch
-    )
+def _split(
+    comparisons: Sequence[Comparison], tokens_per_microbatch: int, lanes: int = 1
+) -> list[list[int]]:
+    """Split comparisons into micro-batches for `lanes` equal shares; the completions of a
+    comparison stay together."""
+    sized = [(i, c.tokens) for i, c in enumerate(comparisons)]
+    return split_by_tokens(sized, tokens_per_microbatch, lanes)
 
 
 def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBatch:

@@ -76,7 +76,7 @@ def _train(config: SFTConfig, ranks: Ranks) -> SFTResult:
                 run.record(0, held_loss())
             batch = PackedBatch.from_masked(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
-            groups = batch.split(config.tokens_per_microbatch)
+            groups = batch.split(config.tokens_per_microbatch, lanes=learner.ranks.lanes)
             with run.time("train"), learner.update(step, run.total) as update:
                 work = update.share(groups, costs_of(batch.lengths, groups))
                 for group in work:

@@ -1,8 +1,10 @@
+import random
+
 import pytest
 import torch
 
 from fusedrl.engine.base.completion import Completion
-from fusedrl.engine.base.packing import IGNORE, PackedBatch, split_by_tokens
+from fusedrl.engine.base.packing import IGNORE, PackedBatch, cost_of, split_by_tokens
 
 SEQUENCES = [([5, 6], [7, 8, 9]), ([1], []), ([2], [3]), ([4, 4, 4], [4])]
 
@@ -58,6 +60,35 @@ def test_split_covers_everything_once_and_keeps_to_the_budget():
     assert split_by_tokens([], 8) == []
     with pytest.raises(ValueError, match="tokens_per_microbatch >= 1"):
         split_by_tokens([(0, 1)], 0)
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 8])
+def test_micro_batches_for_lanes_are_a_multiple_of_them_and_even(lanes):
+    """Two devices once shared four micro-batches of 7,207 tokens whose last one was half empty: one
+    waited for a fifth of the update."""
+    rng = random.Random(3)
+    lengths = [rng.randint(60, 150) for _ in range(64)]
+    parts = split_by_tokens(enumerate(lengths), 2048, lanes)
+    assert sorted(i for part in parts for i in part) == list(range(64))
+    assert len(parts) % lanes == 0
+    assert len(parts) <= -(-sum(lengths) // 2048) + lanes
+    costs = [sum(cost_of(lengths[i]) for i in part) for part in parts]
+    assert all(sum(lengths[i] for i in part) <= 2048 for part in parts)
+    assert max(costs) < 1.1 * min(costs)
+
+
+def test_micro_batches_for_lanes_with_few_or_long_sequences():
+    assert split_by_tokens([(7, 3)], 8, 4) == [[7]]
+    assert split_by_tokens([], 8, 4) == []
+    assert sorted(split_by_tokens(enumerate([3, 3, 3]), 100, 8)) == [[0], [1], [2]]
+    # a sequence above the limit is alone; the rest keep to it, also where even shares do not fit
+    parts = split_by_tokens(enumerate([50, 5, 5, 5, 5, 5, 5]), 8, 2)
+    assert [0] in parts
+    assert sorted(i for part in parts for i in part) == list(range(7))
+    assert all(len(part) == 1 for part in parts)
+    assert split_by_tokens(enumerate([9, 1, 4, 4]), 8, 1) == split_by_tokens(
+        enumerate([9, 1, 4, 4]), 8
+    )
 
 
 def test_padded_round_trip(device):
