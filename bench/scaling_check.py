@@ -81,6 +81,8 @@ def _rates(rank: int, store: str, out: str) -> None:
         found.append((time.perf_counter() - began) / count)
     if rank == 0:
         Path(out).write_text(json.dumps([found[0], (flat.nbytes / 2) / found[1]]))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def rates(directory: Path) -> tuple[float, float]:

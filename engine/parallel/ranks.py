@@ -86,7 +86,8 @@ class Ranks:
         self.drawn: Counter[int] = Counter()
         self.waited = self.exchanged = 0.0
         self.worked: dict[str, float] = {}
-        self.told = self.inside = False
+        self.told = self.inside = self.holding = False
+        self.held: BaseException | None = None
         self._met = 0
 
     @property
@@ -111,15 +112,40 @@ class Ranks:
         """Meet, and exchange tensors within the block. A rank that fails inside it cannot meet the
         others any more, since they wait for the tensors. So the block should do nothing else: what
         needs memory comes before it. Errors are those of `meet`."""
-        if self.size > 1:
-            self._meet(what, "")
-        self.inside = True
-        yield
-        self.inside = False
+        with self._whole():
+            if self.size > 1:
+                self._meet(what, "")
+            self.inside = True
+            yield
+            self.inside = False
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Hold back what a signal handler would raise (`interrupt`) until the end of the block. The
+        other ranks are in the same exchange: one that broke off would answer them with the next."""
+        before, self.holding = self.holding, True
+        try:
+            yield
+        finally:
+            self.holding = before
+            held, self.held = (self.held, None) if not before else (None, self.held)
+        if held is not None:
+            raise held
+
+    def interrupt(self, error: BaseException) -> None:
+        """Raise `error` out of a signal handler: at once, or at the end of the exchange with other
+        ranks in which the signal came."""
+        if not self.holding:
+            raise error
+        self.held = error
 
     def _meet(self, what: str, failure: str) -> list[str]:
         """Exchange the purpose of the meeting, and whether a rank failed. Raise the error of
         another rank, unless this rank failed as well; then return the failures of all."""
+        with self._whole():
+            return self._met_all(what, failure)
+
+    def _met_all(self, what: str, failure: str) -> list[str]:
         self._met += 1
         text = failure.encode(errors="backslashreplace")
         mine = torch.tensor([zlib.crc32(what.encode()), len(text)])

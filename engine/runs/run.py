@@ -87,7 +87,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._title = config.title
         self._skipped_before = 0  # updates that this run skipped in earlier processes
         self._parts: Parts | None = None
-        self._signals = 0
+        self._signals, self._leaving = 0, False
         self._exit: int | None = None
         self.activity = Activity()
         self._progress: Progress | None = None
@@ -151,14 +151,15 @@ class Run(contextlib.AbstractContextManager["Run"]):
         phase = self.activity.phase
         where = f"in {phase}" if phase else ""
         told = None if error is None else as_shortage(error, where)
+        self._leaving = True
         try:
             together = told is None or self.ranks.fail(told)
             if told is not None and self._saver is not None:
                 self._leave(self._saver, told, together)
             elif self._saver is not None:
                 self._tell_best(self._saver)
-            self._write_status(*_ended(told))
         finally:
+            self._write_status(*_ended(told))
             self._stack.__exit__(kind, error, trace)
         if told is not None and told is not error:
             raise told from error
@@ -203,8 +204,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
         name, saver = signal.Signals(number).name, self._saver
+        if self._leaving and self.ranks.size > 1:  # the others wait for this rank
+            return
         if saver is None:  # nothing was trained yet
-            raise Stopped(128 + number)
+            return self.ranks.interrupt(Stopped(128 + number))
         self._exit = 128 + number if self._exit is None else self._exit
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self._signals == 1:
@@ -215,10 +218,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             alone = self.ranks.size == 1
             if alone and not (saver.safe or saver.saving or capturing) and saver.whole:
                 self._save(saver)
-        elif self.ranks.inside:  # the others wait for tensors
-            return
         elif self._signals > 2 or (not saver.saving and (saver.safe or saver.whole)):
-            raise Stopped(self._exit)
+            self.ranks.interrupt(Stopped(self._exit))
         else:
             self._say(
                 f"fusedrl: {name}: the run stops when this update is complete and saved; once more "

@@ -23,7 +23,7 @@ from tests.support.launched import (
     wait_for_a_step,
 )
 
-from fusedrl.engine.base.errors import ConfigError, SetupError, as_shortage
+from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, as_shortage
 from fusedrl.engine.cli import devices
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.parallel import ranks as ranks_module
@@ -107,6 +107,42 @@ def test_a_signal_to_one_of_two_after_it_has_told_ends_both_after_the_next_step(
     assert steps_of(furnished, "signalled")[-1] == 2
     rows = (furnished / "signalled" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+def test_what_a_signal_raises_waits_for_the_end_of_an_exchange():
+    """One of two ranks broke off between the lengths and the text of an exchange, and told of it in
+    a meeting of another size: the backend ended the process."""
+    ranks = Ranks()
+    with pytest.raises(Stopped), ranks.meeting("weights"):
+        with ranks.meeting("a part"):
+            ranks.interrupt(Stopped(130))
+        assert ranks.holding  # a meeting within a meeting is its part
+    assert ranks.held is None
+    with pytest.raises(Stopped):
+        ranks.interrupt(Stopped(130))
+    with pytest.raises(RuntimeError, match="broken"), ranks.meeting("weights"):
+        ranks.interrupt(Stopped(130))
+        raise RuntimeError("broken")
+    ranks.meet("nothing is left of the signal")
+    assert ranks.held is None
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.08])
+def test_three_signals_to_every_rank_end_the_run_as_one_that_was_interrupted(furnished, pause):
+    run = furnished / f"impatient-{pause}"
+    process = start(furnished, "length", 400, run.name, 2)
+    wait_for_a_step(run / "metrics.jsonl")
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for _ in range(3):
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(rank), signal.SIGINT)
+        time.sleep(pause)
+    code, said = ended(process)
+    assert code == 128 + signal.SIGINT, said
+    assert "terminate called" not in said
+    assert "Traceback" not in said
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
 
 
 # ---- processes, their parent and their cores -----------------------------------------------------
