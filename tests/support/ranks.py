@@ -105,12 +105,12 @@ def _kill_at(meeting: int) -> None:
     """Kill this process as its so-many-th meeting begins."""
     original, count = Ranks._meet, 0
 
-    def meet(self: Ranks, what: str, failure: str) -> None:
+    def meet(self: Ranks, what: str, failure: str) -> list[str]:
         nonlocal count
         count += 1
         if count == meeting:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, what, failure)
+        return original(self, what, failure)
 
     Ranks._meet = meet  # type: ignore[method-assign]
 
@@ -138,6 +138,9 @@ def _main(
             record[name] = comparable(read_run(Path("run")))
     if rank == 0:
         Path(out).write_text(json.dumps(record), encoding="utf-8")
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()  # the backend's threads would end the process otherwise
 
 
 if __name__ == "__main__":
