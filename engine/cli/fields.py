@@ -15,6 +15,7 @@ REQUIRED = {  # option -> an example value, for options that have no default
     "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "data": "data.jsonl",
     "reward": "my_rewards.py:helpful",
+    "reference_model": "HuggingFaceTB/SmolLM2-360M-Instruct",
 }
 DATA_OF = {  # stage -> the name that its examples give to a file; policies: prompts.jsonl
     "sft": "demonstrations.jsonl",
@@ -65,17 +66,33 @@ def summary(cls: type) -> str:
     return " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
 
 
+def fixed_of(stage: str) -> dict[str, Any]:
+    """Return the options that a stage's name decides."""
+    if stage not in ALGORITHMS:
+        return {}
+    rewarded = ALGORITHMS[stage].advantage != "none"
+    return {"algorithm": stage} | ({} if rewarded else {"reward": ("none",)})
+
+
+def needed_of(stage: str, cls: type) -> list[str]:
+    """List the options of a stage that cannot be left out."""
+    found = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in fixed_of(stage)
+    ]
+    return found + (["reference_model"] if stage == "distill" else [])
+
+
 def defaults_of(stage: str, cls: type) -> Any:
     """Return the configuration of a stage with all its defaults, and example values for options
     that have none."""
-    needed = {
-        field.name: example_of(stage, field.name)
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+    needed: dict[str, Any] = {name: example_of(stage, name) for name in needed_of(stage, cls)}
     if "reward" in needed:
-        needed |= {"reward": (needed["reward"],)}  # type: ignore[dict-item]
-    return cls(**needed, **({"algorithm": stage} if stage in ALGORITHMS else {}))
+        needed |= {"reward": (needed["reward"],)}
+    return cls(**needed, **fixed_of(stage))
 
 
 def value_of(config: Any, key: str) -> Any:

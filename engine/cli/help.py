@@ -3,19 +3,18 @@ command where options are missing."""
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fusedrl.engine.cli.fields import defaults_of, docs_of, example_of, value_of
+from fusedrl.engine.cli.fields import defaults_of, docs_of, example_of, needed_of, value_of
 from fusedrl.engine.cli.values import group_of, keys_of
 from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
 
 COMMON = {  # what --help shows, where a stage has it; --help-all shows all
-    "what": ("model", "data", "reward", "critic.model", "run.dir"),
+    "what": ("model", "reference_model", "data", "reward", "critic.model", "run.dir"),
     "how much": (
         "epochs",
         "steps",
@@ -71,7 +70,7 @@ def short_help(stage: str, cls: type, title: str) -> str:
         for name, kind in keys_of(cls)
         if name.partition(".")[0] != "critic" or has_critic(stage)
     }
-    required = set(missing_of(cls, ()))
+    required = set(needed_of(stage, cls))
     width = min(100, shutil.get_terminal_size().columns)
     lines = [f"usage: fusedrl train {stage} --option value ...", "", f"{stage}: {title}", ""]
     for heading, names in COMMON.items():
@@ -125,22 +124,10 @@ def _shown(value: Any) -> str:
     return f"default: {value:g}" if isinstance(value, float) else f"default: {value}"
 
 
-def missing_of(cls: type, given: Iterable[str]) -> list[str]:
-    """List the options without a default that were not given."""
-    given = set(given)
-    return [
-        field.name
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and field.name not in given
-    ]
-
-
 def example(stage: str, cls: type, argv: Sequence[str] = (), lacking: Sequence[str] = ()) -> str:
     """Return a whole command: what was given, with example values of what is lacking. Without
     arguments, all options without a default are lacking."""
-    lacking = lacking or missing_of(cls, ())
+    lacking = lacking or needed_of(stage, cls)
     added = [word for name in lacking for word in (f"--{name}", example_of(stage, name))]
     given = " ".join(map(shlex.quote, argv))
     where = [] if "run.dir" in given else ["--run.dir", f"runs/{stage}"]

@@ -17,9 +17,10 @@ from fusedrl.engine.cli.fields import (
     defaults_of,
     docs_of,
     example_of,
+    needed_of,
     summary,
 )
-from fusedrl.engine.cli.help import has_critic, missing_of
+from fusedrl.engine.cli.help import has_critic
 from fusedrl.engine.cli.values import group_of, keys_of
 
 Stage = tuple[type, str]
@@ -89,7 +90,7 @@ def written(stage: str, cls: type, title: str, name: str) -> str:
     configuration that the file gives is that of a command with the same values alone.
     """
     config, docs = defaults_of(stage, cls), docs_of(cls)
-    needed = missing_of(cls, ())
+    needed = needed_of(stage, cls)
     head = [f"fusedrl train {stage} --config {name}", "", f"{stage}: {title}.", ""]
     head.append(
         f"Fill in: {', '.join(needed)}. All other options have their defaults; what you do not "

@@ -45,6 +45,7 @@ from fusedrl.engine.cli.common import (
     spelled,
 )
 from fusedrl.engine.cli.devices import devices_of, resume_command, start
+from fusedrl.engine.cli.fields import fixed_of
 from fusedrl.engine.cli.generate import generate_options, run_generate
 from fusedrl.engine.cli.help import example, short_help, stages_help
 from fusedrl.engine.cli.init import add_commands as add_init
@@ -331,9 +332,7 @@ def parse_config(
         "--config", action="config", help="YAML file with these options; the command line beats it"
     )
     parser.add_class_arguments(cls)
-    parser.set_defaults(
-        dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {})
-    )
+    parser.set_defaults(dict(defaults or {}) | fixed_of(stage))
     trees = [] if tree is None else [json.dumps(tree)]
     trees += [
         json.dumps(

@@ -14,8 +14,9 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           al. (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025);
           gmpo: Zhao et al. (2025); dro: Richemond et al. (2024); reinforce_pp: Hu (2025); remax: Li
           et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al.
-          (2025), as verl has it; sequence_ratio: the objective by which courses introduce PPO for
-          language models, without advantages: for study.
+          (2025), as verl has it; distill: Agarwal et al. (2024), GKD, with lambda 1: every
+          completion is the student's own; sequence_ratio: the objective by which courses introduce
+          PPO for language models, without advantages: for study.
 Updates   optimizer steps on one rollout are epochs x minibatches; with one step every ratio is
           exactly 1, and bounds on ratios have no effect. Defaults and their sources:
             ppo, ppo_penalty       4 epochs: Ziegler et al. (2019), Huang et al. (2024)
@@ -73,6 +74,7 @@ Needs = Literal["", "critic", "group", "greedy"]
 # Built-in advantages, and what each needs in addition to scores: a critic's values, several
 # completions of a prompt, or the score of the greedy completion.
 ADVANTAGES: dict[str, Needs] = {
+    "none": "",
     "gae": "critic",
     "learned_baseline": "critic",
     "td0": "critic",
@@ -297,6 +299,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         "GRPO with the geometric mean of the ratios", "grpo", "gmpo", _MEAN, minibatches=8
     ),
     "pass_at_k": _group("GRPO for the best of a group", "pass_at_k", "ppo_clip", _MEAN),
+    "distill": Algorithm(
+        "on-policy distillation: the whole distribution of a teacher, on the policy's own samples",
+        "none",
+        "reinforce",
+        "token_mean",
+        kl_placement="loss",
+        kl_coef=1.0,
+        kl_estimator="full",
+    ),
     "dro": Algorithm(
         "direct reward optimisation with a critic", "learned_baseline", "dro", "token_mean"
     ),

@@ -521,9 +521,12 @@ class ReferenceConfig(StageConfig):
         reference: frozen is a second copy of the weights; adapter_off is the policy with its
             adapter switched off, which takes no memory; host is a copy in the host's memory that is
             moved to the GPU to score. auto is adapter_off with lora and frozen without.
+        reference_model: directory or id of another model as the reference, such as a larger
+            teacher; its tokenizer must have the policy's vocabulary. None: the initial weights.
     """
 
     reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
+    reference_model: str | None = None
 
     def check_reference(self) -> None:
         """Raise ConfigError unless the options of these stages are in range."""
@@ -535,6 +538,12 @@ class ReferenceConfig(StageConfig):
                 self.reference != "adapter_off" or self.lora is not None,
                 "frozen, host or auto without lora (there is no adapter to switch off)",
             ),
+            (
+                "reference",
+                self.reference != "adapter_off" or self.reference_model is None,
+                "frozen, host or auto with a reference_model (the policy without its adapter is "
+                "not that model)",
+            ),
         )
 
     @property
@@ -542,4 +551,5 @@ class ReferenceConfig(StageConfig):
         """Kind of the reference, with auto resolved: frozen, adapter_off or host."""
         if self.reference != "auto":
             return self.reference
-        return "frozen" if self.lora is None else "adapter_off"
+        own = self.lora is not None and self.reference_model is None
+        return "adapter_off" if own else "frozen"

@@ -37,6 +37,9 @@ class KLConfig:
         estimator: in the loss k1, k2, k3, abs or full; in the reward only k1, since any other drops
             a term of the gradient. full is the exact KL over the whole vocabulary, and costs one
             more forward of the reference.
+        direction: with full, which divergence: reverse is KL(policy || reference), forward is
+            KL(reference || policy), jsd is the Jensen-Shannon divergence. These are 1, 0 and 0.5 as
+            the beta of generalised knowledge distillation (Agarwal et al., 2024).
         level: in the loss, whether the KL is of tokens or (k2) of whole sequences, or future (k2,
             full). future is the KL of tokens, and also subtracts from the advantage coef times the
             k1 of the later tokens, the part that token ignores.
@@ -55,6 +58,7 @@ class KLConfig:
     coef: float = OF_ALGORITHM
     placement: Literal["reward", "loss"] = OF_ALGORITHM
     estimator: Literal["k1", "k2", "k3", "abs", "full"] = OF_ALGORITHM
+    direction: Literal["reverse", "forward", "jsd"] = "reverse"
     level: Literal["token", "sequence", "future"] = "token"
     through_ratio: bool = False
     target: float | None = None
@@ -129,6 +133,18 @@ class KLConfig:
             row.kl_estimator
             if usual == "k3" and row.kl_placement == "loss" and not self.through_ratio
             else usual
+        )
+        estimator = self.estimator or usual
+        check(
+            self,
+            "kl",
+            (
+                "direction",
+                self.direction == "reverse" or (estimator == "full" and self.level == "token"),
+                "reverse, or kl.estimator = full and kl.level = token (only the exact KL has other "
+                "directions)",
+                (self.direction, estimator, self.level),
+            ),
         )
         return replace(
             self,

@@ -139,7 +139,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
     old algorithm.
 
     Args:
-        model: directory or id of the policy to train; its initial weights are the reference.
+        model: directory or id of the policy to train; its initial weights are the reference, unless
+            reference_model names another.
         data: a file or hf:ID (docs/guide.md) with a "prompt" field in each row, or preference
             pairs, whose common prefix is the prompt.
         algorithm: name of an algorithm in algorithms.py: ppo, grpo, rloo, ...
@@ -228,6 +229,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         on_policy = self.objective in ("reinforce", "trpo")
         critic = self.critic and replace(self.critic, optim=self.critic.optim.filled(row.eps))
         for name, value in (
+            ("reward", self.reward or (("none",) if self.advantage == "none" else ())),
             ("samples_per_prompt", either(self.samples_per_prompt, row.samples_per_prompt)),
             ("epochs", either(self.epochs, row.epochs)),
             ("minibatches", either(self.minibatches, 1 if on_policy else steps)),
@@ -334,6 +336,18 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             self,
             "",
             (
+                "kl.coef",
+                self.advantage != "none" or (self.kl.coef > 0 and self.kl.placement == "loss"),
+                "> 0 with kl.placement = loss and the advantage none: there is nothing else to "
+                "learn from",
+                (self.kl.coef, self.kl.placement),
+            ),
+            (
+                "reference_model",
+                self.reference_model is None or self.needs_reference,
+                "only with a KL to it: set kl.coef above 0, or kl.measure",
+            ),
+            (
                 "loss.objective",
                 self.objective != "reinforce"
                 or (self.replay is None and not self.correction.bypass),
@@ -425,6 +439,20 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 if has_values and self.loss.value_clip is not None
                 else []
             )
+        )
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether the loss has the exact KL to the reference."""
+        return self.kl.coef > 0 and self.kl.estimator == "full"
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference scores each rollout before its update. It need not where rewards
+        play no part and the loss has the exact KL; then kl.measure asks for it."""
+        exact = self.advantage == "none" and self.exact_kl
+        return self.needs_reference and (
+            not exact or self.kl.measure or self.kl.target is not None or self.kl.level != "token"
         )
 
     @property

@@ -476,6 +476,12 @@ def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
 
 
 # ---- of a completion alone -----------------------------------------------------------------------
+@_built_in("none")
+def _none(x: Signals) -> Tensor:
+    """Return 0 at every token: the loss has other terms, and rewards are only measured."""
+    return torch.zeros_like(x.batch.action_mask, dtype=torch.float32)
+
+
 @_built_in("monte_carlo")
 def _monte_carlo(x: Signals) -> Tensor:
     """Return R at every token, minus the level. Without the level, the noise of the gradient would

@@ -166,8 +166,12 @@ class Meter:
             "val/ratio": torch.cat(self._log_ratios).double().clamp(-80, 80).exp().cpu().numpy()
         }
 
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of everything that was added."""
+    def metrics(self, exact_kl: bool = False) -> dict[str, float]:
+        """Return the metrics of everything that was added.
+
+        Args:
+            exact_kl: whether the loss has the exact KL to a reference, so that it can be reported.
+        """
         policy, updates = _rows(self.policy), len(self.grad_norms)
         tokens = sum(p["tokens"] for p in policy)
         mean: dict[str, float] = defaultdict(float)
@@ -195,6 +199,8 @@ class Meter:
             mean["correction/off_policy_fraction"] = torch.stack(self.dropped).sum().item() / max(
                 1.0, tokens
             )
+        if exact_kl:
+            mean["divergence"] = sum(p["ref_kl"] * p["tokens"] for p in policy) / max(1.0, tokens)
         live = [p for p in policy if p["tokens"]]
         first = [
             p

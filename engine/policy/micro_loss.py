@@ -120,7 +120,7 @@ class RolloutLoss:
         values = actor.values(batch, hidden) if actor.value_head is not None else None
         whole = None
         if self.reference is not None and config.kl.estimator == "full":
-            whole = _full_kl(actor, self.reference, batch, hidden, config.generation.temperature)
+            whole = _full_kl(actor, self.reference, batch, hidden, config)
         options: dict[str, Any] = {"entropy_coef": self.entropy_coef, "value": self.value}
         if self.apart is None and isinstance(self.objective, PolicyObjective):
             batch, dropped = behaviour(config.correction, batch, None)
@@ -135,13 +135,22 @@ class RolloutLoss:
                 whole,
                 **options,
             )
+            policy = _with_kl(policy, whole)
             return MicroLoss(loss, policy, value, logp, entropy, _scored(batch, logp), dropped)
         logp, entropy = actor.logprobs(batch, hidden, temperature=config.generation.temperature)
         batch, dropped = behaviour(config.correction, _scored(batch, logp), logp)
         loss, policy, value = objective_loss(
             config, self.objective, self.kl_coef, batch, logp, entropy, values, whole, **options
         )
+        policy = _with_kl(policy, whole)
         return MicroLoss(loss, policy, value, logp.detach(), entropy.detach(), batch, dropped)
+
+
+def _with_kl(found: PolicyStats, kl_N: Tensor | None) -> PolicyStats:
+    """Return the statistics with the mean of the exact KL, which is 0 where there is no action."""
+    if kl_N is None:
+        return found
+    return found._replace(ref_kl=kl_N.detach().sum() / found.tokens.clamp(min=1))
 
 
 def _scored(batch: PackedBatch, logp: Tensor) -> PackedBatch:
@@ -154,17 +163,21 @@ def _full_kl(
     reference: Reference,
     batch: PackedBatch,
     hidden_NH: Tensor,
-    temperature: float,
+    config: PolicyConfig,
 ) -> Tensor:
-    """Return [N] KL(policy || reference) over the whole vocabulary, of the distribution that each
-    action was drawn from; 0 elsewhere. Differentiable."""
+    """Return [N] the divergence of policy and reference over the whole vocabulary, of the
+    distribution that each action was drawn from; 0 elsewhere. Differentiable. Models of one
+    tokenizer may have padded the vocabulary differently: tokens that one of them lacks are left
+    out."""
     theirs_NH, head_VH = reference.hidden(batch)
+    vocabulary = min(len(head_VH), len(actor.decoder.head_weight))
     kl_N = linear_full_kl(
         hidden_NH,
-        actor.decoder.head_weight,
+        actor.decoder.head_weight[:vocabulary],
         theirs_NH,
-        head_VH,
-        temperature=temperature,
+        head_VH[:vocabulary],
+        temperature=config.generation.temperature,
         mask=batch.labels() != IGNORE,
+        direction=config.kl.direction,
     )
     return torch.where(batch.action_mask, batch.to_next(kl_N), 0.0)

@@ -234,10 +234,15 @@ def length(
     return [-min(1.0, distance / aim) for distance in away]
 
 
+def none(completions: Sequence[Any], **_: Any) -> list[float]:
+    """Return 0 for every completion: for methods that learn from something else."""
+    return [0.0] * len(completions)
+
+
 # ---- by name -------------------------------------------------------------------------------------
 READY: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (exact_match, math_verify, format, regex, length, code, judge)
+    for function in (exact_match, math_verify, format, regex, length, code, judge, none)
 }
 
 

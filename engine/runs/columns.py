@@ -47,6 +47,7 @@ _LENGTH = Column("completions/mean_length", "length", "tokens", digits=1)
 _CUT_OFF = _percent("completions/clipped_ratio", "cut off")
 
 POLICY = (
+    Column("divergence", "divergence", "nats/token"),
     Column("reward", "reward"),
     _KL,
     _LENGTH,

@@ -186,8 +186,7 @@ class _Parts:
 def _check(config: PolicyConfig, needs: str | None) -> None:
     """Raise, before anything is loaded, ConfigError if options contradict the advantage or the
     objective, and DataError or FileNotFoundError if a data file is missing."""
-    named = [config.data]
-    named += [part.data for part in (config.evaluation, config.ptx) if part is not None]
+    named = [part.data for part in (config, config.evaluation, config.ptx) if part is not None]
     for source in (source for data in named for source in parse_data(data)):
         check_source(source)
     if needs == "group" and config.samples_per_prompt == 1:
@@ -195,6 +194,8 @@ def _check(config: PolicyConfig, needs: str | None) -> None:
             f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which "
             "compares the completions of one prompt"
         )
+    if config.algorithm == "distill" and config.reference_model is None:
+        raise ConfigError("config: expected reference_model, the teacher that distill learns from")
     make_objective(config, config.penalty.coef)
     if config.critic is not None and needs != "critic":
         raise ConfigError(
@@ -233,14 +234,15 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
     )
     actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations
-    if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
+    if config.lora is not None:
+        actor.add_adapter(config.lora, seed=config.run.seed)
+    reference = load_reference(config, actor) if config.needs_reference else None
+    capped = actor.decoder.config.logit_softcap or (reference is not None and reference.capped)
+    if config.kl.estimator == "full" and capped:
         raise ConfigError(
             "config: kl.estimator full reads logits that are not capped, and this model caps its "
             "own; use k2 or k3"
         )
-    if config.lora is not None:
-        actor.add_adapter(config.lora, seed=config.run.seed)
-    reference = load_reference(config, actor) if config.needs_reference else None
     load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
     rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
     gold = [load(spec) for spec in config.monitor_reward]
@@ -319,7 +321,7 @@ def _scored(
     scored = parts.scores_first or step < config.critic_warmup
     batch = score(
         parts.actor if scored else None,
-        parts.reference,
+        parts.reference if config.scores_reference else None,
         batch,
         cuts,
         config.generation.temperature,
@@ -510,7 +512,7 @@ def update(
             done += 1
     # the next phase needs the memory: keep only weights, optimizer state and cache
     learner.release()
-    metrics = (measured or {}) | meter.metrics() | learner.metrics()
+    metrics = (measured or {}) | meter.metrics(config.exact_kl) | learner.metrics()
     if config.loss.entropy_target is not None:
         metrics["entropy_coef"] = loss_of.entropy_coef
     if advantages_first(config) or trained < given:

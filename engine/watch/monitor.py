@@ -65,7 +65,9 @@ class Monitor:
             self._detector = Detector(config.alarm, config.kl.target)
         self._flat = FlatRewards(
             find_advantage(config.advantage).needs,
-            config.prompts_per_step * config.samples_per_prompt,
+            1
+            if config.advantage == "none"
+            else config.prompts_per_step * config.samples_per_prompt,
             config.generation.max_new_tokens,
             config.score_clip,
         )

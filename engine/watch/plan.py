@@ -388,6 +388,10 @@ class Planner:
             or (isinstance(config, PolicyConfig) and config.needs_reference)
             else "adapter_off"
         )
+        other = getattr(config, "reference_model", None)
+        if other is not None and kind != "adapter_off":
+            theirs = self._reward_trunk(other)
+            base = sum(p.nbytes for p in theirs.parameters())
         # on the GPU only while it scores
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0
         self.reference = 0 if kind == "adapter_off" or self._visiting else base

@@ -13,6 +13,14 @@ def tiny_model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """The directory of a wider Llama with the tokenizer of `tiny_model` and a padded vocabulary."""
+    directory = tmp_path_factory.mktemp("models") / "teacher"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": CONFIG["vocab_size"] + 8}
+    return write_model(directory, seed=7, **sizes)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     """Write rows as JSONL and return the path as a string."""

@@ -131,7 +131,8 @@ def test_any_split_gives_the_same_gradient(algorithm, kl, device):
             batch = prepared(config, batch)
             whole = gradient(config, batch, now, [list(range(len(GROUPS)))])
             assert whole.isfinite().all()
-            assert whole[0].abs().max() > 1e-3
+            # the gradient of distill is that of the exact KL, which goes to the logits at once
+            assert whole[0].abs().max() > 1e-3 or algorithm == "distill"
             assert not whole[:, ~batch.action_mask].any()
             for parts in SPLITS:
                 assert apart(gradient(config, batch, now, parts), whole) <= tolerance

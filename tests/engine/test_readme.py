@@ -194,7 +194,7 @@ def test_the_table_of_algorithms_is_the_rows():
         assert int(row["samples"]) == algorithm.samples_per_prompt, name
         assert int(re.match(r"\d+", row["epochs"])[0]) == algorithm.epochs, name
         if algorithm.kl_coef:
-            placed, coef = re.match(r"(reward|loss) (\.\d+)", row["KL"]).groups()
+            placed, coef = re.match(r"(reward|loss) ([.\d]+)", row["KL"]).groups()
             assert (placed, float(coef)) == (algorithm.kl_placement, algorithm.kl_coef), name
         else:
             assert row["KL"] == "none", name

@@ -44,6 +44,23 @@ MODELS = {  # their config.json, as far as it says something about memory
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "smollm2-360m": {  # a teacher
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "vocab_size": 49152,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-0.5b": _QWEN
     | {
         "hidden_size": 896,
@@ -97,6 +114,11 @@ def memory_lines(recipe: Path) -> list[str]:
         model = Path(folder) / "config.json"
         model.write_text(json.dumps(MODELS[model_of(recipe)]))
         options = [f"--config={recipe}", f"--model={model}", f"--device={'cpu' if cpu else 'cuda'}"]
+        if stage_of(recipe) == "distill":
+            teacher = Path(folder) / "teacher"
+            teacher.mkdir()
+            (teacher / "config.json").write_text(json.dumps(MODELS["smollm2-360m"]))
+            options.append(f"--reference_model={teacher}")
         config = parse_config(stage_of(recipe), options)
         for words, devices in places(recipe):
             found = plan(config, memory=parse_memory("8GiB" if cpu else "80GB"), devices=devices)

@@ -2,6 +2,7 @@
 random Llama."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -33,9 +34,9 @@ CONFIG = {
 }
 
 
-def write_model(directory: Path, seed: int = 0) -> Path:
+def write_model(directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Write config.json, model.safetensors and a tokenizer of the words w0 .. w27, which puts <s>
-    before a prompt."""
+    before a prompt. `changes` are of CONFIG."""
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -50,5 +51,7 @@ def write_model(directory: Path, seed: int = 0) -> Path:
         pad_token="<pad>",
         unk_token="<unk>",
     )
-    save_pretrained(Decoder.random(model_config(CONFIG), seed=seed), directory, tokenizer=fast)
+    save_pretrained(
+        Decoder.random(model_config(CONFIG | changes), seed=seed), directory, tokenizer=fast
+    )
     return directory

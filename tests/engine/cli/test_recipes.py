@@ -60,7 +60,8 @@ def place(tmp_path_factory):
 def test_there_is_a_recipe_of_each_stage_for_each_model():
     stages = ("sft", "reward", "dpo", "ppo", "grpo", "rejection")
     models = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-7b-lora")
-    assert sorted(NAMES) == sorted(f"{model}-{stage}" for model in models for stage in stages)
+    expected = [f"{model}-{stage}" for model in models for stage in stages]
+    assert sorted(NAMES) == sorted([*expected, "smollm2-135m-distill"])
     assert sorted(recipes()) == sorted(NAMES)
 
 
@@ -93,7 +94,8 @@ def test_every_recipe_says_how_it_is_run_and_gives_reasons(recipe):
     if ready:
         root = recipe.parents[2]
         assert (root / config.data).is_file()
-        assert all((root / spec.partition(":")[0]).is_file() for spec in config.reward)
+        given = [spec for spec in getattr(config, "reward", ()) if spec != "none"]
+        assert all((root / spec.partition(":")[0]).is_file() for spec in given)
     options = [line for line in text.splitlines() if re.match(r"\s*\w+: \S", line)]
     reasons = [line for line in text.partition("\n\n")[2].splitlines() if re.match(r"\s*# ", line)]
     assert len(reasons) >= len(options) / 3
@@ -120,7 +122,10 @@ def test_every_recipe_trains_a_step(recipe, place, tmp_path, monkeypatch, capsys
     data = {"sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl"}
     kind = "texts" if stage in data else "policy"
     options = [f"--model={family}", f"--data={data.get(stage, 'prompts.jsonl')}", *SMALL[kind]]
-    options += ["--reward=rules.py:short"] if kind == "policy" else []
+    if stage == "distill":
+        options += [f"--reference_model={family}"]
+    elif kind == "policy":
+        options += ["--reward=rules.py:short"]
     options += ["--evaluation.data=prompts.jsonl"] if stage in ("ppo", "grpo") else []
     run = tmp_path / "run"
     options += [f"--run.dir={run}", "--run.progress=false", "--device=cpu"]
@@ -135,13 +140,14 @@ def test_every_recipe_trains_a_step(recipe, place, tmp_path, monkeypatch, capsys
 
 
 # ---- fusedrl init --------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "rejection", "ppo", "grpo", "trpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "rejection", "ppo", "grpo", "trpo", "distill"])
 def test_what_init_writes_is_the_defaults(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["init", stage]) == 0
     text = (tmp_path / f"{stage}.yaml").read_text(encoding="utf-8")
     tree = yaml.safe_load(text)
-    given = [f"--{name}={tree[name]}" for name in ("model", "data")]
+    needed = ("model", "data", *(["reference_model"] if stage == "distill" else []))
+    given = [f"--{name}={tree[name]}" for name in needed]
     given += [f"--reward={one}" for one in tree.get("reward", [])]
     assert parse_config(stage, ["--config", f"{stage}.yaml"]) == parse_config(stage, given)
     assert f"# fusedrl train {stage} --config {stage}.yaml" in text

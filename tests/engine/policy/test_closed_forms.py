@@ -323,9 +323,9 @@ QUICK = ("reinforce_baseline", "grpo", "rloo", "ppo", "gspo", "reinforce_pp")
 
 
 def test_every_row_is_a_case():
-    """But for trpo, which test_trpo.py has, and pass_at_k, whose optimum is that of the best of a
-    group."""
-    assert set(ALGORITHMS) - set(CASES) == {"trpo", "pass_at_k"}
+    """But for trpo, which test_trpo.py has, distill, which test_distill.py has, and pass_at_k, whose
+    optimum is that of the best of a group."""
+    assert set(ALGORITHMS) - set(CASES) == {"trpo", "distill", "pass_at_k"}
 
 
 TREES = {"normal": Tree.random, "skewed": Tree.skewed}

@@ -105,8 +105,8 @@ def trained(monkeypatch, device):
         computed.clear()
         with_replay = policy.with_replay
 
-        def same_replay(cuts, fresh, replayed, tokens, apart):
-            return with_replay(cuts, fresh, replayed, tokens, real(config, replayed))
+        def same_replay(cuts, fresh, replayed, tokens, apart, lanes):
+            return with_replay(cuts, fresh, replayed, tokens, real(config, replayed), lanes)
 
         with monkeypatch.context() as patched:
             patched.setattr(policy.RolloutLoss, "__call__", counted)

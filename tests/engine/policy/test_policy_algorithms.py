@@ -55,7 +55,7 @@ def sometimes_nan(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl, device):
+def make(tiny_model, tiny_teacher, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl(
         "prompts.jsonl",
@@ -73,6 +73,7 @@ def make(tiny_model, tmp_path, write_jsonl, device):
             generation=GenerationConfig(max_new_tokens=6),
             optim=OptimConfig(lr=3e-3, schedule="constant"),
             run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})),
+            reference_model=str(tiny_teacher) if algorithm == "distill" else None,
         )
         return PolicyConfig(
             str(tiny_model),
@@ -124,7 +125,8 @@ def test_every_algorithm_trains(make, algorithm, device):
             "completions/clipped_ratio",
             "grad_norm",
         } <= row.keys()
-        assert ("kl" in row) == (config.kl.coef > 0)
+        assert ("kl" in row) == (config.kl.coef > 0 and algorithm != "distill")
+        assert ("divergence" in row) == (algorithm == "distill")
         assert ("loss/value_avg" in row) == ("val/explained_variance" in row) == critic
     start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     assert (

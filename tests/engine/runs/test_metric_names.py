@@ -95,6 +95,7 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
             prompts_per_step=2,
             generation=GenerationConfig(max_new_tokens=4),
             run=RunConfig(str(tmp_path / name), progress=False),
+            reference_model=str(tiny_model) if algorithm == "distill" else None,
             **options,
         )
         train_policy(config)
