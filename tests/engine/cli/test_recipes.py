@@ -140,7 +140,10 @@ def test_every_recipe_trains_a_step(recipe, place, tmp_path, monkeypatch, capsys
 
 
 # ---- fusedrl init --------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "rejection", "ppo", "grpo", "trpo", "distill"])
+STAGED = ("sft", "reward", "dpo", "rejection", "ppo", "grpo", "trpo", "distill")
+
+
+@pytest.mark.parametrize("stage", STAGED)
 def test_what_init_writes_is_the_defaults(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["init", stage]) == 0
