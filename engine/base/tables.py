@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ANY = 10_000  # columns of what is no terminal
 READABLE = 120  # columns of running text there
+_SHORT = 40  # characters of a value and its heading that share a line with others
 
 
 def console(file: TextIO | None = None, *, texts: bool = False) -> Console:
@@ -26,7 +27,13 @@ def console(file: TextIO | None = None, *, texts: bool = False) -> Console:
     one reads well."""
     from rich.console import Console
 
-    found = Console(file=file, markup=False, highlight=False, emoji=False)
+    class Kept(Console):
+        """Console that leaves a reader who has gone, as with `| head`, to the command line."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    found = Kept(file=file, markup=False, highlight=False, emoji=False)
     if not found.is_terminal:
         found.width = shutil.get_terminal_size((READABLE if texts else ANY, 25)).columns
     return found
@@ -40,22 +47,33 @@ def show(table: Table, to: Console | None = None) -> None:
         to: where to print; standard output by default. There, columns that share the width by ratio
             are texts.
     """
-    texts = any(column.ratio for column in table.columns)
-    to = to or console(texts=texts)
+    to = to or console(texts=any(column.ratio for column in table.columns))
     title, table.title = table.title, None
     if title:
         to.print(title, style="table.title")
     columns = [_cells(table, index, to) for index in range(len(table.columns))]
-    most = [max(cell.cell_len for one in column for cell in one.split()) for column in columns]
+    widths = _widths(table, columns, to)
+    if widths is None:
+        _stacked(columns, table.show_header, to)
+        return
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width, column.ratio = width, None
+    to.print(table)
+
+
+def fits(table: Table, to: Console) -> bool:
+    """Whether a table can be printed there with all words whole."""
+    columns = [_cells(table, index, to) for index in range(len(table.columns))]
+    return _widths(table, columns, to) is not None
+
+
+def _widths(table: Table, columns: Sequence[Sequence[Text]], to: Console) -> list[int] | None:
+    """Return widths of the columns that keep words whole, or None if there are none."""
+    most = [max(line.cell_len for one in column for line in one.split()) for column in columns]
     least = [max(map(_longest, column)) for column in columns]
     edges = (2 if table.show_edge else 0) + len(columns) - 1 if table.box else 0
     room = to.width - edges - sum(table.padding[1::2]) * len(columns)
-    if sum(least) > room:
-        _stacked(columns, table.show_header, to)
-        return
-    for column, width in zip(table.columns, _shared(least, most, room), strict=True):
-        column.width, column.ratio = width, None
-    to.print(table)
+    return _shared(least, most, room) if sum(least) <= room else None
 
 
 def _cells(table: Table, index: int, to: Console) -> list[Text]:
@@ -89,13 +107,18 @@ def _shared(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
 
 
 def _stacked(columns: Sequence[Sequence[Text]], headed: bool, to: Console) -> None:
-    """Print each row as a paragraph."""
-    from rich.padding import Padding
+    """Print each row as a paragraph: short values in one line, each text below its heading."""
     from rich.text import Text
 
     for number in range(int(headed), len(columns[0])):
         to.print(columns[0][number])
-        for column in columns[1:]:
-            if column[number].plain:
-                name = f"{column[0].plain}: " if headed and column[0].plain else ""
-                to.print(Padding(Text.assemble(name, column[number]), (0, 0, 0, 2)))
+        cells = [
+            Text.assemble(f"{column[0].plain} " if headed else "", column[number])
+            for column in columns[1:]
+            if column[number].plain
+        ]
+        if all(cell.cell_len <= _SHORT and "\n" not in cell.plain for cell in cells):
+            cells = [Text(", ").join(cells)] if cells else []
+        for cell in cells:
+            for line in cell.wrap(to, max(1, to.width - 2)):
+                to.print(Text.assemble("  ", line))

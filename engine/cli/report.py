@@ -111,12 +111,16 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _show(runs: list[RunRecord]) -> None:
-    from fusedrl.engine.base.tables import console, show
-    from fusedrl.engine.watch.run_report import comparison_tables, metrics_table
+    from fusedrl.engine.base.tables import console, fits, show
+    from fusedrl.engine.watch.run_report import VALUES, comparison_tables, metrics_table
 
     to = console()
-    for table in [metrics_table(runs[0])] if len(runs) == 1 else comparison_tables(runs):
-        show(table, to)
+    if len(runs) == 1:  # on a narrow terminal, fewer values beside whole names
+        choices = [metrics_table(runs[0], some) for some in (VALUES, VALUES[:3], VALUES[::2][:2])]
+        show(next((table for table in choices if fits(table, to)), choices[0]), to)
+    else:
+        for table in comparison_tables(runs):
+            show(table, to)
     for run in runs:
         front = f"{run.name}: " if len(runs) > 1 else ""
         for alarm in run.alarms:

@@ -50,6 +50,7 @@ SHOWN = (
     "tokens_per_s",
     "timing/step",
 )
+VALUES = ("first", "middle", "last", "least", "most")
 
 
 def samples_table(run: RunRecord, columns: int = 4) -> Table:
@@ -125,15 +126,15 @@ def shown_metrics(runs: Sequence[RunRecord]) -> list[str]:
     )
 
 
-def metrics_table(run: RunRecord) -> Table:
-    """Return a table of a run's main metrics: first, middle and last value, minimum and maximum."""
+def metrics_table(run: RunRecord, values: Sequence[str] = VALUES) -> Table:
+    """Return a table of a run's main metrics. `values` are those of VALUES to show: first, middle
+    and last value, least and most."""
     table = Table(title=Text(f"{run.name}: {run.steps} steps"), title_justify="left", box=SIMPLE)
     table.add_column("")
-    for heading in ("first", "middle", "last", "least", "most"):
+    for heading in values:
         table.add_column(heading, justify="right")
     for name, found in final_values(run).items():
-        five = (found.first, found.middle, found.last, found.least, found.most)
-        table.add_row(Text(name), *(f"{value:.4g}" for value in five))
+        table.add_row(Text(name), *(f"{getattr(found, value):.4g}" for value in values))
     return table
 
 
