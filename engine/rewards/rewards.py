@@ -595,9 +595,9 @@ class FunctionReward:
     def _check_named(self, columns: Collection[str]) -> None:
         if missing := self._parameters.lacking({*ARGUMENTS, *columns}):
             raise RewardError(
-                f"reward {place_of(self.function)} needs the column {missing!r} of the data, which "
-                f"has {', '.join(sorted(columns)) or 'none'} beside the prompt; add it there, or "
-                "give the argument a default"
+                f"reward {self.name!r} needs the column {missing!r} of the data, which has "
+                f"{', '.join(sorted(columns)) or 'none'} beside the prompt; add it there, or give "
+                f"the argument a default in {place_of(self.function)}"
             )
 
     def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:

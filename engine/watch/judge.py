@@ -83,10 +83,10 @@ class FunctionJudge:
         these columns of the data."""
         if missing := self._parameters.lacking({"prompts", "a", "b", *columns}):
             raise RewardError(
-                f"judge {place_of(self.function)} needs the argument {missing!r}; a judge is given "
-                "prompts, a, b and the columns of the data, which has "
+                f"judge {self.name!r} needs the argument {missing!r}; a judge is given prompts, a, "
+                "b and the columns of the data, which has "
                 f"{', '.join(sorted(columns)) or 'none'} beside the prompt; rename it, or give it "
-                "a default"
+                f"a default in {place_of(self.function)}"
             )
 
     def __call__(self, pairs: Pairs) -> Any:

@@ -49,6 +49,9 @@ SHOWN = (
     "learning_rate",
     "tokens_per_s",
     "timing/step",
+    "timing/*",
+    "mem/peak_gib",
+    "mem/*_gib",
 )
 VALUES = ("first", "middle", "last", "least", "most")
 
