@@ -1,5 +1,5 @@
 """A small student and its teacher: supervised fine-tuning on the teacher's texts, and distillation
-on the student's own, from one start and on as many tokens; how far is each from the teacher then?"""
+on the student's own, from one start and as many tokens; how far is each from the teacher then?"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ exception keeps its traceback."""
 from __future__ import annotations
 
 import difflib
+import shlex
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -87,6 +88,11 @@ def check_no_pointer(path: str | Path) -> None:
                 f"{path}: is a pointer of Git LFS, which stands for the file; fetch the file with "
                 "git lfs pull, or download it from its page"
             )
+
+
+def resume_command(run: str | Path) -> str:
+    """Return the shell command that goes on with the run in a directory."""
+    return shlex.join(["fusedrl", "resume", str(run)])
 
 
 def no_such(path: str | Path) -> str:

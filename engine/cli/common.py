@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,6 +184,12 @@ def report_json(found: Any, file: str | None, show: Callable[[], None]) -> None:
     show()
     if file is not None:
         Path(file).write_text(text + "\n", encoding="utf-8")
+        wrote(file)
+
+
+def wrote(file: str) -> None:
+    """Say on standard error which file a command wrote."""
+    print(f"wrote {file}", file=sys.stderr)
 
 
 def count(text: str, least: int = 1) -> int:

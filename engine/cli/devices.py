@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped
+from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, resume_command
 from fusedrl.engine.cli.common import check_device
 from fusedrl.engine.config.base import StageConfig
 
@@ -93,32 +92,11 @@ def on_devices(options: argparse.Namespace, work: Callable[[Ranks], None]) -> No
             work(ranks)
 
 
-def resume_command(argv: Sequence[str]) -> str:
-    """Return the shell command that resumes the run of `fusedrl train` with the options `argv`, for
-    use in the same directory."""
-    kept = [
-        word
-        for index, word in enumerate(argv)
-        if not _resumes(word)
-        and not (
-            index
-            and _resumes(argv[index - 1])
-            and "=" not in argv[index - 1]
-            and not word.startswith("--")
-        )
-    ]
-    return shlex.join(["fusedrl", "train", *kept, "--run.resume", "true"])
-
-
-def _resumes(word: str) -> bool:
-    return word.partition("=")[0] == "--run.resume"
-
-
 def start(
     function: Callable[[], Callable[[Any], Any]],
     config: StageConfig,
     command: Sequence[str],
-    going_on: str,
+    directory: str,
     devices: int,
     place: Place | None,
 ) -> None:
@@ -128,12 +106,10 @@ def start(
     Args:
         function: imports what trains, and returns it.
         command: the words after `fusedrl` by which each of the processes does the same.
-        going_on: the command that goes on with the run.
+        directory: the run directory as the person who called it names it; `fusedrl resume` goes
+            on with the run there.
     """
     check_device(config.device)
-    from fusedrl.engine.runs.loggers import check_loggers
-
-    check_loggers(config.run.loggers)
     if devices > 1 and place is None:
         code = launch(
             [*command, f"--devices={devices}"], devices, config.device, config.run.signal_names
@@ -142,9 +118,13 @@ def start(
             raise Stopped(code)
         return
     train = function()
+    from fusedrl.engine.runs.loggers import check_loggers
     from fusedrl.engine.runs.run import RESUME_COMMAND
 
-    told = RESUME_COMMAND.set(going_on)
+    if place is None or place.rank == 0:  # which has the loggers
+        check_loggers(config.run.loggers)
+
+    told = RESUME_COMMAND.set(resume_command(directory))
     try:
         with joined_by(place, config.device):
             train(config)

@@ -21,7 +21,7 @@ from fusedrl.engine.cli.models import (
     generation_of,
     load_actor,
     load_rewards,
-    prompts_option,
+    rows_option,
     sampling_options,
     some,
     stop_option,
@@ -74,7 +74,7 @@ def _eval_options(commands: argparse._SubParsersAction[Parser]) -> None:
     one.add_argument(
         "--n", type=count, default=1, help="completions of each prompt (default: %(default)s)"
     )
-    prompts_option(one)
+    rows_option(one)
     sampling_options(one)
     stop_option(one)
     device_options(one, several=True)
@@ -103,20 +103,21 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
-    from rich.console import Console
-
+    from fusedrl.engine.base.tables import show
     from fusedrl.engine.data.readers import load_prompts
+    from fusedrl.engine.rewards.rewards import load_functions
     from fusedrl.engine.watch.evaluate import measure
     from fusedrl.engine.watch.standing import standing, standing_table, win_rate
 
-    generation, everything = generation_of(options), load_prompts(options.data)
+    generation, functions = generation_of(options), load_functions(options.reward, options.data)
+    everything = load_prompts(options.data)
     names = [options.model] + ([options.against] if options.against else [])
     actors = [load_actor(name, options, ranks) for name in names]
     reference = load_actor(options.reference, options, ranks) if options.reference else None
     readers = actors + ([reference] if reference is not None else [])
     if reference is not None:
         _check_reference(reference, actors, options.reference)
-    rewards = {"reward": load_rewards(options.reward, actors, ranks)}
+    rewards = {"reward": load_rewards(functions, actors, ranks)}
     examples = some(readers, everything, options)
     found = []
     for number, (name, actor) in enumerate(zip(names, actors, strict=True)):
@@ -160,7 +161,7 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
         report_json(
             told,
             options.output_json,
-            lambda: Console(markup=False).print(standing_table(names, rows, title)),
+            lambda: show(standing_table(names, rows, title)),
         )
 
 
@@ -222,7 +223,7 @@ def _check_options(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="SECONDS",
         help="of one call, which has failed then; 0: none (default: %(default)g)",
     )
-    prompts_option(one)
+    rows_option(one)
     sampling_options(one)
     stop_option(one)
     device_options(one)
@@ -236,15 +237,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("reward-check: --model has its own tokenizer; leave --tokenizer out")
     check_device(options.device)
     threads = set(threading.enumerate())
-    from rich.console import Console
-
-    from fusedrl.engine.rewards.rewards import load_reward
+    from fusedrl.engine.base.tables import show
+    from fusedrl.engine.rewards.rewards import load_functions, load_reward
     from fusedrl.engine.watch.reward_check import check_reward, check_tables
 
+    specs = [options.reward] + ([] if options.against is None else [options.against])
+    # answered rows have columns of their own
+    functions = load_functions(specs, *([options.data] if options.model else []))
     tokenizer, samples = _generated(options) if options.model else _given(options)
     load = partial(load_reward, device=options.device, tokenizer=tokenizer)
-    reward = load(options.reward)
-    against = None if options.against is None else load(options.against)
+    reward, against = (*map(load, functions), None)[:2]
     for one in (reward, against):
         if tokenizer is None and one is not None and _reads_ids(one):
             raise ConfigError(
@@ -255,12 +257,11 @@ def _check(options: argparse.Namespace) -> None:
         reward, samples, against=against, batch=options.batch, limit=options.timeout
     )
 
-    def show() -> None:
-        console = Console(markup=False, highlight=False)
+    def shown() -> None:
         for table in check_tables(found):
-            console.print(table)
+            show(table)
 
-    report_json(found.to_json(), options.output_json, show)
+    report_json(found.to_json(), options.output_json, shown)
     late = any(kind.startswith("took longer") for kind in found.failures)
     if late and any(not one.daemon for one in set(threading.enumerate()) - threads):
         sys.stdout.flush()
@@ -310,8 +311,7 @@ def _given(options: argparse.Namespace) -> tuple[Any, list[Sample]]:
 
     rows = load_answered(options.data)
     rows = [
-        rows[index]
-        for index in shuffled(len(rows), options.seed, "judge")[: options.prompts or None]
+        rows[index] for index in shuffled(len(rows), options.seed, "judge")[: options.rows or None]
     ]
     tokenizer, eos = None, -1
     if options.tokenizer is not None:

@@ -17,6 +17,7 @@ from fusedrl.engine.cli.models import (
     generation_of,
     load_actor,
     load_rewards,
+    rows_option,
     sampling_options,
     stop_option,
 )
@@ -42,6 +43,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompts, texts or messages, in any format that train reads; with --output",
     )
+    rows_option(parser, "the first")
     parser.add_argument(
         "--output",
         type=output_file,
@@ -85,6 +87,10 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.greedy:
         options.temperature = 0.0
     params = params_of(generation_of(options), n=options.n, seed=options.seed)
+    if options.reward is not None:
+        from fusedrl.engine.rewards.rewards import load_functions
+
+        options.reward = load_functions(options.reward)
     actor = load_actor(options.model, options)
     if options.adapter is not None:
         actor.load_adapter(options.adapter)
@@ -130,8 +136,9 @@ def _check_output(options: argparse.Namespace) -> None:
             "generate: expected --data FILE together with --output FILE, which the completions go "
             f"to; got --data {options.data} and --output {options.output}"
         )
-    if options.data is None and options.logprobs:
-        raise ConfigError("generate: --logprobs is for --data and --output")
+    if options.data is None and (options.logprobs or options.rows):
+        name = "--logprobs" if options.logprobs else "--rows"
+        raise ConfigError(f"generate: {name} is for --data and --output")
     if options.data is not None and options.best_of is not None:
         raise ConfigError(
             "generate: --best_of is for --prompt; for the best completions of a file write all by "
@@ -154,7 +161,7 @@ def _generate_file(actor: HybridActor, options: argparse.Namespace, params: Samp
     positions = actor.decoder.config.max_positions
     room = positions - options.max_new_tokens
     require(room >= 1, "--max_new_tokens", f"below the model's {positions} positions", positions)
-    examples = load_prompts(options.data)
+    examples = load_prompts(options.data)[: options.rows or None]
     ids, longer = encode_all(actor, examples, room)
     settings = _settings(actor, options, ids, params)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

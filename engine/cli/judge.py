@@ -13,7 +13,7 @@ from fusedrl.engine.cli.models import (
     generation_of,
     load_actor,
     load_rewards,
-    prompts_option,
+    rows_option,
     sampling_options,
     some,
     stop_option,
@@ -56,7 +56,7 @@ def judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
     judge.add_argument(
         "--n", type=count, default=1, help="pairs of each prompt (default: %(default)s)"
     )
-    prompts_option(judge)
+    rows_option(judge)
     sampling_options(judge)
     stop_option(judge)
     device_options(judge, several=True)
@@ -74,9 +74,9 @@ def _judge(options: argparse.Namespace) -> None:
 
 
 def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
-    from rich.console import Console
-
+    from fusedrl.engine.base.tables import show
     from fusedrl.engine.data.readers import load_prompts
+    from fusedrl.engine.rewards.rewards import load_functions
     from fusedrl.engine.rollout.rollout import params_of
     from fusedrl.engine.watch.judge import (
         Pairs,
@@ -88,10 +88,13 @@ def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
 
     params = params_of(generation_of(options), n=options.n, seed=options.seed)
     judge = load_judge(options.judge) if options.judge is not None else None
+    functions = load_functions(options.reward or [], options.data)
     examples = load_prompts(options.data)
+    if judge is not None:
+        judge.check(examples[0].columns)
     actors = [load_actor(path, options, ranks) for path in (options.a, options.b)]
     by_reward = judge is None
-    judge = judge or RewardJudge(load_rewards(options.reward, actors, ranks))
+    judge = judge or RewardJudge(load_rewards(functions, actors, ranks))
     examples = some(actors, examples, options)
     total = len(examples)
     # request ids that differ, so that samples differ even if both models are the same
@@ -111,7 +114,7 @@ def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
         report_json(
             found.to_json(),
             options.output_json,
-            lambda: Console().print(report_table(found, (options.a, options.b))),
+            lambda: show(report_table(found, (options.a, options.b))),
         )
 
 

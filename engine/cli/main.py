@@ -44,7 +44,7 @@ from fusedrl.engine.cli.common import (
     report_json,
     spelled,
 )
-from fusedrl.engine.cli.devices import devices_of, resume_command, start
+from fusedrl.engine.cli.devices import devices_of, start
 from fusedrl.engine.cli.fields import fixed_of
 from fusedrl.engine.cli.generate import generate_options, run_generate
 from fusedrl.engine.cli.help import example, short_help, stages_help
@@ -288,9 +288,8 @@ def _train(argv: list[str]) -> None:
         raise SystemExit(0)
     argv = ["--help" if word == "--help-all" else word for word in argv]
     argv, devices, place = devices_of(argv)
-    again = [*argv, "--devices", str(devices)] if devices > 1 else argv
     config = parse_config(argv[0], argv[1:])
-    start(_function(argv[0]), config, ["train", *argv], resume_command(again), devices, place)
+    start(_function(argv[0]), config, ["train", *argv], config.run.dir, devices, place)
 
 
 def _function(stage: str) -> Callable[[], Callable[[Any], Any]]:

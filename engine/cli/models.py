@@ -78,14 +78,14 @@ def device_options(parser: argparse.ArgumentParser, *, several: bool = False) ->
         parser.add_argument("--place", help=argparse.SUPPRESS)
 
 
-def prompts_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option of how many prompts to use."""
+def rows_option(parser: argparse.ArgumentParser, which: str = "drawn by the seed") -> None:
+    """Add the option of how many rows of the data to use."""
     parser.add_argument(
-        "--prompts",
+        "--rows",
         type=count_or_none,
         default=0,
         metavar="N",
-        help="at most so many, drawn by the seed (default: all)",
+        help=f"use at most so many rows of --data, {which}; 0: all (default: all)",
     )
 
 
@@ -122,10 +122,10 @@ def load_actor(path: str, options: argparse.Namespace, ranks: Ranks | None = Non
 
 
 def load_rewards(
-    specs: Sequence[str], actors: Sequence[HybridActor], ranks: Ranks | None = None
+    specs: Sequence[Any], actors: Sequence[HybridActor], ranks: Ranks | None = None
 ) -> RewardSet:
-    """Load rewards of completions of all these models. If their tokenizers differ, a reward model
-    reads the texts."""
+    """Load rewards of completions of all these models, from what `load_functions` returned before
+    the models were loaded. If their tokenizers differ, a reward model reads the texts."""
     from fusedrl.engine.parallel.ranks import ALONE
     from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 
@@ -143,7 +143,7 @@ def load_rewards(
 def some(
     actors: Sequence[HybridActor], examples: list[PromptExample], options: argparse.Namespace
 ) -> list[PromptExample]:
-    """Return the prompts that all models can complete, at most `options.prompts` of them, drawn by
+    """Return the prompts that all models can complete, at most `options.rows` of them, drawn by
     the seed.
 
     Raises:
@@ -168,5 +168,5 @@ def some(
         examples = [example for example, _ in kept]
     return [
         examples[index]
-        for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
+        for index in shuffled(len(examples), options.seed, "judge")[: options.rows or None]
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.cli.common import Parser, count, output_file, report_json
+from fusedrl.engine.cli.common import Parser, count, output_file, report_json, wrote
 
 if TYPE_CHECKING:
     from fusedrl.engine.watch.run_files import RunRecord
@@ -89,11 +89,10 @@ def _read(directories: list[str]) -> list[RunRecord]:
 
 
 def _samples(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from fusedrl.engine.base.tables import show
     from fusedrl.engine.watch.run_report import samples_table
 
-    Console().print(samples_table(_read([options.run])[0], options.columns))
+    show(samples_table(_read([options.run])[0], options.columns))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -104,28 +103,30 @@ def _report(options: argparse.Namespace) -> None:
         from fusedrl.engine.watch.page.page import write_page
 
         write_page(runs, Path(options.html))
+        wrote(options.html)
     if options.json is not None:
-        report_json(summary(runs), options.json, lambda: _show(runs, options.html))
+        report_json(summary(runs), options.json, lambda: _show(runs))
     else:
-        _show(runs, options.html)
+        _show(runs)
 
 
-def _show(runs: list[RunRecord], html: str | None) -> None:
-    from rich.console import Console
+def _show(runs: list[RunRecord]) -> None:
+    from fusedrl.engine.base.tables import console, fits, show
+    from fusedrl.engine.watch.run_report import VALUES, comparison_tables, metrics_table
 
-    from fusedrl.engine.watch.run_report import comparison_tables, metrics_table
-
-    console = Console()
-    for table in [metrics_table(runs[0])] if len(runs) == 1 else comparison_tables(runs):
-        console.print(table)
+    to = console()
+    if len(runs) == 1:  # on a narrow terminal, fewer values beside whole names
+        choices = [metrics_table(runs[0], some) for some in (VALUES, VALUES[:3], VALUES[::2][:2])]
+        show(next((table for table in choices if fits(table, to)), choices[0]), to)
+    else:
+        for table in comparison_tables(runs):
+            show(table, to)
     for run in runs:
         front = f"{run.name}: " if len(runs) > 1 else ""
         for alarm in run.alarms:
-            console.print(front + alarm.text, style="bold red", markup=False, highlight=False)
+            to.print(front + alarm.text, style="bold red")
         for note in run.notes:
-            console.print(f"{run.name}: {note}", style="dim", markup=False, highlight=False)
-    if html is not None:
-        console.print(f"The page is {html}", markup=False, highlight=False)
+            to.print(f"{run.name}: {note}", style="dim")
 
 
 def _watch(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedrl.engine.base.errors import ConfigError, no_such
+from fusedrl.engine.base.errors import ConfigError, no_such, resume_command
 from fusedrl.engine.cli.common import CONFIGURATION, Parser, output_file, report_json
 from fusedrl.engine.cli.devices import devices_of, start
 
@@ -68,12 +68,12 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _show(found: Sequence[RunState], directory: str) -> None:
-    from rich.console import Console
+    from fusedrl.engine.base.tables import show
 
     if not found:
         print(f"{directory}: no runs are in it")
         return
-    Console().print(_table(found))
+    show(_table(found))
     for run in found:  # not in the table, which folds them: commands are copied
         print(_next(run))
 
@@ -81,9 +81,9 @@ def _show(found: Sequence[RunState], directory: str) -> None:
 def _next(run: RunState) -> str:
     """Return what to do next with a run: the command that goes on with it, or uses its model."""
     at = shlex.quote(str(run.directory))
-    if run.state == "running":
+    if run.state == "running" or not run.resumes:
         return f"fusedrl report {at}"
-    return f"fusedrl export {at} DIR" if run.state == "finished" else f"fusedrl resume {at}"
+    return f"fusedrl export {at} DIR" if run.state == "finished" else resume_command(run.directory)
 
 
 def _table(found: Sequence[RunState]) -> Table:
@@ -93,12 +93,14 @@ def _table(found: Sequence[RunState]) -> Table:
 
     table = Table(box=SIMPLE)
     for name in ("run", "stage", "state", "step", "last", "time", "changed"):
-        table.add_column(name, overflow="fold", justify="right" if name == "step" else "left")
+        table.add_column(name, justify="right" if name == "step" else "left")
     style = {"running": "cyan", "finished": "green", "failed": "red"}
     for run in found:
         state = Text(run.state, style=style.get(run.state, "yellow"))
         if run.message:
             state.append(f"\n{run.message[:200]}", style="dim")
+        if not run.resumes:
+            state.append("\nno checkpoint to go on from", style="dim")
         last = "" if run.score is None else f"{run.score[0]} {run.score[1]:.4g}"
         if run.best is not None:
             last += f"\nbest {run.best[0]} {run.best[2]:.4g} at step {run.best[1]}"
@@ -137,7 +139,8 @@ _RESUME_HELP = """usage: fusedrl resume RUN [--devices N] [--option value ...]
 Goes on with the run in the directory RUN from its newest complete checkpoint, with the options
 that it was started with, in the directory in which it was started, and on as many devices. Options
 that do not change what was trained so far may be given anew, such as --steps, --run.save_minutes or
---evaluation.every. A run that has finished writes its model again."""
+--evaluation.every. A run that has finished writes its model again. Under torchrun:
+torchrun --nproc-per-node N -m fusedrl resume RUN."""
 
 
 def run_resume(
@@ -156,10 +159,9 @@ def run_resume(
         raise SystemExit(0 if argv else CONFIGURATION)
     stage, tree, given, status = resumed(argv)
     given, devices, place = devices_of(given)
-    told = shlex.join(["fusedrl", "resume", *argv])
     command = ["resume", str(Path(argv[0]).absolute()), *argv[1:]]
     with where_it_began(status):
-        start(function(stage), parse(stage, given, tree=tree), command, told, devices, place)
+        start(function(stage), parse(stage, given, tree=tree), command, argv[0], devices, place)
 
 
 def resumed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str], dict[str, Any]]:
@@ -198,18 +200,25 @@ def resumed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str], dict[s
     except (ValueError, AttributeError) as error:
         raise ConfigError(
             f"resume: {path} cannot be read ({type(error).__name__}: {error}), so what the run "
-            "was started with is not known; go on with its own command and --run.resume true"
+            "was started with is not known, and it cannot go on; start anew in another --run.dir"
         ) from error
     status = read_status(root)
     rest = list(argv[1:])
     given = {word.partition("=")[0] for word in rest}
     devices = status.get("devices", 1)
-    if "--devices" not in given and "--place" not in given and devices != 1:
+    if not given & {"--devices", "--place"} and devices != 1 and not _launched():
         rest.append(f"--devices={devices}")
     began = Path(status.get("working_directory", "."))
     if (began / tree["run"]["dir"]).resolve() != root.resolve():  # it was moved
         rest.append(f"--run.dir={root.resolve()}")
     return stage, tree, [*rest, "--run.resume=true"], status
+
+
+def _launched() -> bool:
+    """Whether torchrun started this process, and the others of the run beside it."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 @contextlib.contextmanager

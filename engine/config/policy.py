@@ -456,6 +456,13 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         )
 
     @property
+    def idle_choices(self) -> tuple[str, ...]:
+        """List those of `idle_bounds` that were chosen: by default they have another value, or an
+        effect."""
+        usual = PolicyConfig(self.model, self.data, self.reward, self.algorithm)
+        return tuple(one for one in self.idle_bounds if one not in usual.idle_bounds)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the run needs a reference model."""
         return self.kl.coef > 0 or self.kl.measure

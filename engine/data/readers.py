@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -105,6 +106,26 @@ def load_prompts(
         PromptExample(example.prompt, {name: example.columns.get(name) for name in names})
         for example in examples
     ]
+
+
+def prompt_columns(data: Data, *, whole: bool) -> list[str]:
+    """Return the columns that prompts have: those of the first row of each source or, with `whole`,
+    of all rows. Bad rows are passed over; `load_prompts` reports them.
+
+    Raises:
+        DataError, FileNotFoundError: as `load_prompts`, but for bad lines.
+    """
+    names: dict[str, None] = {}
+    for source in parse_data(data):
+        found = Found(kind=PromptExample)
+        found.format = named(source.format) if source.format is not None else None
+        for one in read_rows(source):
+            with suppress(BadRow, Dropped):
+                for example in _records(one, source, found, ReadOptions()):
+                    names |= dict.fromkeys(example.columns)
+                if not whole:
+                    break
+    return list(names)
 
 
 def load_demonstrations(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from fusedrl.engine.base.errors import no_such
+from fusedrl.engine.base.errors import no_such, resume_command
 
 # no pickles are ever fetched
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -107,8 +107,7 @@ def no_model(directory: Path) -> str:
         )
         return (
             f"{directory} is a checkpoint of the run {run}, from which training goes on, and no "
-            "model; go on with the command that began it and "
-            f"--run.resume true; {ended}"
+            f"model; go on with {resume_command(run)}; {ended}"
         )
     if "adapter_config.json" in names:
         return _of_adapter(directory)
@@ -160,7 +159,7 @@ def _is_model_of_run(path: Path) -> bool:
 
 def _unfinished(run: Path) -> str:
     return (
-        f"{run} is the directory of a run that has no model yet; let it end (--run.resume true "
+        f"{run} is the directory of a run that has no model yet; let it end ({resume_command(run)} "
         f"goes on with it), then use {run / 'model'}"
     )
 

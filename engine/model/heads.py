@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.model.configuration import ModelConfig
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.lora import merging
@@ -250,11 +251,9 @@ class RewardModel(nn.Module):
         ).sum()
 
 
-def load_reward_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
-) -> RewardModel:
-    """Load a reward model from a `*ForSequenceClassification` directory or id with one label,
-    written by this engine or another program. Arguments and errors are those of `load_decoder`."""
+def check_reward_model(path: str | Path) -> ModelConfig:
+    """Return the configuration of a reward model's directory or id. Raise ValueError if it is that
+    of a language model. Other errors are those of `load_config`."""
     directory = resolve_directory(path)
     config = load_config(directory)
     if not classifier(config) and any(
@@ -265,6 +264,16 @@ def load_reward_model(
             "reward model is expected here; train one from "
             "it with fusedrl train reward, or give a function, file.py:function"
         )
+    return config
+
+
+def load_reward_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
+) -> RewardModel:
+    """Load a reward model from a `*ForSequenceClassification` directory or id with one label,
+    written by this engine or another program. Arguments and errors are those of `load_decoder`."""
+    directory = resolve_directory(path)
+    config = check_reward_model(directory)
     # A classifier has no language model head: the trunk is built as if it were tied, and `raw`
     # keeps what the file said.
     decoder = Decoder(

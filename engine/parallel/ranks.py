@@ -246,8 +246,8 @@ class Ranks:
                 f"parallel: rank {self.rank} of {self.size} waited at {what!r} (meeting "
                 f"{self._met}) and another rank "
                 + ("did not come in time" if late else "is gone")
-                + f" ({reason}); its own output says why. Start all ranks again with --run.resume "
-                "true: the run goes on from its last checkpoint"
+                + f" ({reason}); its own output says why. Start all ranks again: a run that is "
+                "resumed goes on from its last checkpoint"
             ) from error
 
     # ---- small things ----------------------------------------------------------------------------

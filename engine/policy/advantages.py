@@ -419,7 +419,7 @@ def _call(name: str, signals: Signals) -> tuple[Tensor, Tensor | None]:
         found = function(signals)
         return found if isinstance(found, tuple) else (found, None)
     what = f"the advantage {name}"
-    found = blame(what, partial(function, signals), ConfigError)
+    found = blame(what, partial(function, signals), ConfigError, function)
     parts = found if isinstance(found, tuple) else (found,)
     what, like_N = f"{what}, {place_of(function)}", signals.batch.action_mask
     if len(parts) not in (1, 2):

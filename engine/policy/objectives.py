@@ -444,7 +444,7 @@ def _registered(
         term_N = call()
     else:
         what = f"the objective {config.objective}"
-        returned = blame(what, call, ConfigError)
+        returned = blame(what, call, ConfigError, objective)
         term_N = per_token(f"{what}, {place_of(objective)}", returned, "terms", logp_N)
     correction = rollout_correction(config.correction)
     if correction is None:

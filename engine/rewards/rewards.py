@@ -28,7 +28,7 @@ import math
 import sys
 import traceback
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,14 +37,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fusedrl.engine.base.blame import Invalid, blame, shown, told
+from fusedrl.engine.base.blame import Invalid, Parameters, blame, place_of, shown, told
 from fusedrl.engine.base.errors import RewardError, Stopped, no_such
 from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.data.readers import prompt_columns
 from fusedrl.engine.data.records import Prompt
+from fusedrl.engine.data.sources import Data
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
-from fusedrl.engine.rewards.ready import READY, ready
+from fusedrl.engine.rewards.ready import READY, Ready, ready
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 TOKENS_PER_FORWARD = 8192
 CONTEXT = 4  # last tokens of the prompt that are decoded together with a completion
 
+ARGUMENTS = ("prompts", "completions", "completion_ids")  # of every reward
 LARGEST = 1e15  # largest absolute value of a reward
 
 
@@ -247,10 +250,14 @@ class RewardSet:
 
     def _call(self, rollout: Rollout, known: Mapping[str, list[Any]]) -> list[Any]:
         """Return what each reward returns, but for those whose values are known."""
-        returned: list[Any] = [
-            known[name] if name in known else blame(f"reward {name!r}", partial(reward, rollout))
-            for name, reward in zip(self.names, self.rewards, strict=True)
-        ]
+        returned: list[Any] = []
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            own = getattr(reward, "function", None)
+            user = None if isinstance(own, Ready) else own
+            call = partial(reward, rollout)
+            returned.append(
+                known[name] if name in known else blame(f"reward {name!r}", call, function=user)
+            )
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
         if pending:
 
@@ -443,6 +450,39 @@ def load_reward(
     )
 
 
+def load_functions(
+    specs: Sequence[str | Path | Callable[..., Any]], *data: Data
+) -> list[str | Path | Callable[..., Any]]:
+    """Load those of the rewards that are functions, so that what is wrong with one is told before a
+    model is loaded. Return them, and the directories of reward models as they are, for
+    `load_reward`.
+
+    Args:
+        data: prompts that the rewards will judge.
+    Raises:
+        RewardError: as `load_reward`; or a function needs a column that no row of the data has.
+        ValueError, FileNotFoundError: a directory is not a reward model.
+        DataError, OSError: the data cannot be read.
+    """
+    from fusedrl.engine.model.heads import check_reward_model
+
+    found: list[str | Path | Callable[..., Any]] = []
+    for spec in specs:
+        if not callable(spec) and ready(str(spec)) is None and str(spec) and Path(spec).is_dir():
+            check_reward_model(spec)
+            found.append(spec)
+            continue
+        reward = load_reward(spec)
+        if isinstance(reward, FunctionReward):
+            for one in data:
+                try:
+                    reward.check(prompt_columns(one, whole=False))
+                except RewardError:
+                    reward.check(prompt_columns(one, whole=True))
+            found.append(reward.function)
+    return found
+
+
 def _no_reward(spec: str) -> str:
     """Describe a specification that is neither a function nor a directory."""
     path, colon, function = spec.rpartition(":")
@@ -544,10 +584,21 @@ class FunctionReward:
         self.function = function
         self.policy_tokenizer = policy_tokenizer
         self.name = getattr(function, "__name__", type(function).__name__)
-        parameters = inspect.signature(function).parameters.values()
-        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else named
-        self._needs = {p.name for p in parameters if p.name in named and p.default is p.empty}
+        self._parameters = Parameters(f"reward {self.name!r}", function)
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raise RewardError if the function needs a column of the data that is not among these."""
+        self._check_named(columns)
+        if isinstance(self.function, Ready):  # it names the column that it looks for
+            self.function([], [], [], **dict.fromkeys(columns, ()))
+
+    def _check_named(self, columns: Collection[str]) -> None:
+        if missing := self._parameters.lacking({*ARGUMENTS, *columns}):
+            raise RewardError(
+                f"reward {self.name!r} needs the column {missing!r} of the data, which has "
+                f"{', '.join(sorted(columns)) or 'none'} beside the prompt; add it there, or give "
+                f"the argument a default in {place_of(self.function)}"
+            )
 
     def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:
         completions = [
@@ -564,19 +615,8 @@ class FunctionReward:
             for name, column in rollout.columns.items()
             if name not in arguments
         }
-        if missing := sorted(self._needs - arguments.keys()):
-            raise RewardError(
-                f"reward {self.name!r} needs the column {missing[0]!r} of the data, which has "
-                f"{', '.join(sorted(rollout.columns)) or 'none'} "
-                "beside the prompt; add it there, or give the argument a default"
-            )
-        return self.function(
-            **{
-                name: value
-                for name, value in arguments.items()
-                if self._takes is None or name in self._takes
-            }
-        )
+        self._check_named(rollout.columns)
+        return self.function(**self._parameters.chosen(arguments))
 
 
 class ModelReward:

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusedrl.engine.base.errors import CheckpointError, ConfigError
+from fusedrl.engine.base.errors import CheckpointError, ConfigError, resume_command
 from fusedrl.engine.data.rows import check_source, source_digest
 from fusedrl.engine.data.sources import Data, parse_data
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
@@ -471,8 +471,7 @@ class RunDirectory:
             if self.checkpoint is not None and not config.run.resume:
                 raise ConfigError(
                     f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with "
-                    "--run.resume true, "
-                    "or choose another --run.dir"
+                    f"{resume_command(self.dir)}, or choose another --run.dir"
                 )
             if self.checkpoint is not None:
                 self._check_unchanged(current, config)

@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 from fusedrl.engine.base.memory import format_bytes
+from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.base import SamplingConfig, StageConfig
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.ranks import Ranks
@@ -33,11 +34,27 @@ def facts_of(
         )
     return [
         ("run", f"{config.run.dir}: {steps}"),
+        *([("update", _update(config))] if isinstance(config, PolicyConfig) else []),
         ("model", f"{config.model}: {family}{_count(all_of_them)} parameters{share}"),
         ("device", _device(learner.device, dtype_of(learner), ranks)),
         ("kernels", kernels_on(learner.device)),
         ("memory", _memory(config, learner, ranks)),
     ]
+
+
+def _update(config: PolicyConfig) -> str:
+    """Describe the optimizer steps of a rollout, and what they leave without an effect."""
+    if config.objective == "trpo":
+        return "1 step of TRPO a rollout"
+    count = config.epochs * config.minibatches
+    if count > 1:
+        return (
+            f"{count:,} optimizer steps a rollout: {config.epochs:,} epochs x "
+            f"{config.minibatches:,} minibatches"
+        )
+    idle = ", ".join(config.idle_bounds)
+    clips = f", so that ratios are 1 and nothing is clipped ({idle})" if idle else ""
+    return f"1 optimizer step a rollout{clips}"
 
 
 def dtype_of(learner: Learner) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 
-from fusedrl.engine.base.blame import blame, told
+from fusedrl.engine.base.blame import blame, check_call, place_of, told
 from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.errors import ConfigError, SetupError, UserError
 from fusedrl.engine.rewards.rewards import import_function
@@ -39,6 +39,8 @@ TABLES_EVERY = 10  # steps between tables of samples and histograms; evaluations
 _MOST_WAITING = 1000  # rows; a logger that falls this far behind loses the newest
 _SECONDS_TO_CLOSE = 30.0  # a logger that takes longer to finish is left behind
 _REGISTERED: dict[str, Any] = {}
+_IMPORTED: dict[str, Any] = {}  # by check_loggers, until a run makes it
+_NO_LOG = "expected a method log(step, values), and {} has none"
 L = TypeVar("L")
 
 
@@ -92,18 +94,46 @@ def register_logger(name: str) -> Callable[[L], L]:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise ConfigError for a name that is no logger, SetupError for a logger whose package is not
-    installed, and RewardError for a file that does not exist. No file is run."""
+    """Import the loggers that are files, so that what is wrong with one is told before a model is
+    loaded. `make_logger` takes what was imported.
+
+    Raises:
+        ConfigError: a name is no logger, or a class or function takes other arguments.
+        SetupError: the package of a logger is not installed.
+        RewardError: no such file, nothing of that name in it, or importing it failed.
+    """
+    _IMPORTED.clear()
     for name in names:
-        path, _, _ = name.rpartition(":")
-        if not (path.endswith(".py") and Path(path).is_file()):
-            _find(name)
+        found = _find(name)
+        if name not in _REGISTERED and not isinstance(found, str):
+            _IMPORTED[name] = found
+        _check(name, found)
+
+
+def _check(name: str, found: Any) -> None:
+    """Raise ConfigError unless this is a client's name, or can be called as a logger is."""
+    what = f"run.log {name}"
+    if isinstance(found, str):
+        return
+    if inspect.isclass(found):
+        check_call(what, found, ConfigError, "info")
+    log = getattr(found, "log", None)
+    if inspect.isclass(found) and not callable(log):
+        raise ConfigError(f"{what}: {_NO_LOG.format(place_of(found))}")
+    if inspect.isclass(found):
+        check_call(what, log, ConfigError, "self", "step", "values")
+    elif not callable(log) and not callable(found):
+        raise ConfigError(f"{what}: {_NO_LOG.format(type(found).__name__)}")
+    else:
+        check_call(what, found if log is None else log, ConfigError, "step", "values")
 
 
 def _find(name: str) -> Any:
     """Return what `run.log` names: a class, a function or an object; of the clients a name."""
     if name in _REGISTERED:
         return _REGISTERED[name]
+    if name in _IMPORTED:
+        return _IMPORTED.pop(name)  # of this run; another imports its file anew
     if name in CLIENTS:
         if find_spec(CLIENTS[name][0]) is None:
             raise SetupError(
@@ -137,14 +167,11 @@ def make_logger(name: str, info: RunInfo) -> Logger:
         module, _, inside = CLIENTS[found][1].partition(":")
         return cast(Logger, getattr(import_module(module), inside)(info))
     if inspect.isclass(found):
-        found = blame(f"run.log {name}", lambda: found(info), ConfigError)
+        found = blame(f"run.log {name}", lambda: found(info), ConfigError, found)
     elif not hasattr(found, "log"):
         found = _Function(found)
     if not callable(getattr(found, "log", None)):
-        raise ConfigError(
-            f"run.log {name}: expected a method log(step, values), and {type(found).__name__} has "
-            "none"
-        )
+        raise ConfigError(f"run.log {name}: {_NO_LOG.format(type(found).__name__)}")
     return cast(Logger, found)
 
 

@@ -48,6 +48,7 @@ from fusedrl.engine.runs.facts import dtype_of, facts_of
 from fusedrl.engine.runs.files import flat
 from fusedrl.engine.runs.loggers import TABLES_EVERY, Reporter, RunInfo
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, read_rows
+from fusedrl.engine.runs.peaks import Peaks
 from fusedrl.engine.runs.saving import Parts, Saver
 from fusedrl.engine.runs.status import write_status
 from fusedrl.engine.runs.terminal import Progress, say
@@ -94,6 +95,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._cautions: Cautions | None = None
         self._reporter: Reporter | None = None
         self._tokens = 0.0  # of all steps
+        self._peaks = Peaks()
         self._saver: Saver | None = None
 
     def __enter__(self) -> Self:
@@ -400,10 +402,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
     # ---- what is reported ------------------------------------------------------------------------
     @contextlib.contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Time a part of the step as `timing/<name>`, and show that it is in progress."""
+        """Measure a part of the step, its seconds as `timing/<name>` and its peak memory as
+        `mem/<name>_gib`, and show that it is in progress."""
         before = self.activity.enter(name)
+        self._peaks.enter()
         with self.metrics.time(name), self.ranks.working(name):
             yield
+        self._peaks.leave(name)
         self.activity.enter(before)
 
     @contextlib.contextmanager
@@ -428,7 +433,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         memory."""
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
-        metrics = metrics | {"timing/step": seconds, "mem/peak_gib": peak_memory()}
+        memory = self._peaks.take() | {"mem/peak_gib": max(self._peaks.most, peak_memory())}
+        metrics = metrics | {"timing/step": seconds} | memory
         if "step_tokens" in metrics:
             metrics["tokens_per_s"] = metrics["step_tokens"] / seconds
             self._tokens += metrics["step_tokens"]
@@ -492,7 +498,8 @@ def _ended(error: BaseException | None) -> tuple[str, str]:
 
 
 def peak_memory() -> float:
-    """Return the peak memory so far in GiB: of torch on the GPU, or of the process on a CPU."""
+    """Return the peak memory in GiB, of torch on the GPU or of the process on a CPU: so far, or
+    since `Peaks` has set the mark back."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS gives bytes, other systems KiB

@@ -57,6 +57,7 @@ class RunState:
         seconds: seconds of all steps together.
         best: (metric, step, value) of the best checkpoint that is kept; None without one.
         message: what ended the run, if it failed.
+        resumes: whether `fusedrl resume` can go on with it: it has a checkpoint, or no steps yet.
     """
 
     directory: Path
@@ -68,6 +69,7 @@ class RunState:
     seconds: float
     best: tuple[str, int, float] | None
     message: str
+    resumes: bool
 
 
 def stage_name(saved: Mapping[str, Any]) -> str | None:
@@ -122,6 +124,7 @@ def run_state(run_dir: str | Path) -> RunState | None:
         if isinstance(best, list) and len(best) == 3
         else None,
         str(told.get("message", "")) if state == "failed" else "",
+        not step or any(root.glob("checkpoints/step_*/MANIFEST.json")),
     )
 
 

@@ -22,8 +22,10 @@ Read `train_policy` from top to bottom. These rules hold for all algorithms (sou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ from fusedrl.engine.policy.objectives import (
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
-from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_functions, load_reward
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
@@ -99,8 +101,10 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     needs = find_advantage(config.advantage).needs
     _check(config, needs)
+    judged = [config.data] + ([config.evaluation.data] if config.evaluation is not None else [])
+    functions = load_functions((*config.reward, *config.monitor_reward), *judged)
     seed_generators(config.run.seed)
-    parts = _load(config, needs, ranks)
+    parts = _load(config, needs, ranks, functions)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
     with Run(config, config.steps, ranks) as run:
         _announce(config, needs, run)
@@ -223,7 +227,10 @@ def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
     )
 
 
-def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
+def _load(
+    config: PolicyConfig, needs: str | None, ranks: Ranks, functions: Sequence[Any]
+) -> _Parts:
+    """Load all models; `functions` are the rewards, as `load_functions` returns them."""
     actor = HybridActor.from_pretrained(
         config.model,
         dtype=config.dtype,
@@ -244,8 +251,9 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
             "own; use k2 or k3"
         )
     load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
-    rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
-    gold = [load(spec) for spec in config.monitor_reward]
+    judges = [load(one) for one in functions]
+    rewards = RewardSet(judges[: len(config.reward)], config.reward_weights, ranks)
+    gold = judges[len(config.reward) :]
     return _Parts(
         actor,
         reference,
@@ -261,11 +269,10 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
 
 def _announce(config: PolicyConfig, needs: str | None, run: Run) -> None:
     """Print which options will have no effect, and what is computed twice."""
-    if config.idle_bounds:
+    if config.idle_choices:
         run.message(
-            "one optimizer step a rollout, so that every ratio is 1: "
-            f"{', '.join(config.idle_bounds)} will never act; raise minibatches or epochs "
-            "where they should"
+            f"{', '.join(config.idle_choices)} will never act: with one optimizer step a rollout "
+            "every ratio is 1; raise minibatches or epochs, or leave it out"
         )
     why = two_steps(
         config,

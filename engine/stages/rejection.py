@@ -24,7 +24,7 @@ from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
-from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_functions, load_reward
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.runs.metrics import read_rows
@@ -61,6 +61,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
 
 
 def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
+    functions = load_functions(config.reward, config.data)
     seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(
         config.model,
@@ -73,7 +74,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
-    rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
+    rewards = RewardSet([load(one) for one in functions], config.reward_weights, ranks)
     learner = Learner(actor, config.optim, ranks=ranks)
     with Run(config, config.steps, ranks) as run:
         prompts = read_prompts(config, actor, run)

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.ordering import data_order, shuffled
 from fusedrl.engine.base.packing import PackedBatch, split_by_tokens
+from fusedrl.engine.base.tables import console, show
 from fusedrl.engine.config import RewardModelConfig
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import Source
@@ -122,7 +122,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
                 if found is not None:
                     run.write("report.json", partial(save_report, found))
                     if config.run.progress and ranks.first:
-                        Console(file=sys.stderr).print(report_table(found))
+                        show(report_table(found), console(sys.stderr))
                 if config.normalize != "none":
                     with run.time("normalize"):
                         _normalize(model, train.examples, config)

@@ -432,8 +432,9 @@ def _percentiles(values: Sequence[float], ranks: Sequence[int]) -> dict[str, flo
 # ---- what is printed -----------------------------------------------------------------------------
 def print_report(found: Mapping[str, Any]) -> None:
     """Print a result as a table on standard output."""
-    from rich.console import Console
     from rich.table import Table
+
+    from fusedrl.engine.base.tables import console, show
 
     model, work, machine, floor = (found[key] for key in ("model", "workload", "machine", "floor"))
     size = (
@@ -449,25 +450,21 @@ def print_report(found: Mapping[str, Any]) -> None:
         table.add_column(column, justify="right" if table.columns else "left")
     for row in _rows(found):
         table.add_row(*row)
-    console = Console(width=120)
-    console.print(f"{model['name']}: {size}\n{asked}", highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(
+    to = console()
+    to.print(f"{model['name']}: {size}\n{asked}")
+    show(table, to)
+    to.print(
         f"roofline of generation: {floor['seconds']:.4g} s, "
         f"{_number(floor['output_tokens_per_second'])} tokens/s "
         f"({floor['bytes_moved'] / 1e9:,.4g} GB at {machine['copy_gb_per_s']:,.4g} GB/s, "
         f"{floor['flops'] / 1e9:,.4g} GFLOP at {machine['gemm_gflop_per_s']:,.4g} GFLOP/s, step by "
         "step)",
-        highlight=False,
-        soft_wrap=True,
     )
     where = (
         machine["gpu"] or f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads"
     )
-    console.print(
+    to.print(
         f"{where}; torch {machine['torch']}; {machine['commit']}; {machine['date']}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

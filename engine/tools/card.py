@@ -164,7 +164,7 @@ def _results(run_dir: Path, step: int | None) -> str:
         for pattern in SHOWN
         for name in sorted(series)
         if fnmatch(name, pattern)
-        and not name.startswith(("timing/", "tokens_per_s", "learning_rate"))
+        and not name.startswith(("timing/", "mem/", "tokens_per_s", "learning_rate"))
     ]
     lines = [f"| {name} | {series[name][0]:.4g} | {series[name][-1]:.4g} |" for name in shown]
     heading = ["| metric | first | last |", "|---|---|---|"]

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base import tables
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.estimates import Estimate
 from fusedrl.engine.config import (
@@ -111,12 +112,13 @@ def run_demo(
 
 
 def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> DemoResult:
-    console = Console(quiet=not progress)
+    console = tables.console(texts=True)
+    console.quiet = not progress
     seconds: dict[str, float] = {}
     at = partial(RunConfig, seed=seed, progress=progress)
 
     def chapter(number: int, title: str) -> float:
-        console.print(f"[bold]{number}. {title}[/bold]")
+        console.print(f"{number}. {title}", style="bold")
         return time.perf_counter()
 
     console.print(f"Everything goes to {root}/")
@@ -258,8 +260,8 @@ def _report(console: Console, result: DemoResult, prompts: list[str], ceiling: f
         "gold": "gold reward (nothing was trained on it)",
         "proxy": "proxy reward (the reward model's score)",
     }
-    console.print(comparison(before, after, labels=labels, kl_target=KL_TARGET))
-    console.print(side_by_side(prompts, before, after, score="gold", count=5))
+    tables.show(comparison(before, after, labels=labels, kl_target=KL_TARGET), console)
+    tables.show(side_by_side(prompts, before, after, score="gold", count=5), console)
     console.print(
         f"The reward model agrees with {model.accuracy:.1%} of {model.held_out} held-out labels "
         f"(95% interval {model.interval[0]:.1%} to "

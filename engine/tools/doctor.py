@@ -219,15 +219,16 @@ def _output(*command: str) -> str:
 
 def print_diagnosis(found: Diagnosis) -> None:
     """Print the findings as tables on standard output."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=120, highlight=False)
+    from fusedrl.engine.base.tables import console, show
+
+    to = console()
     for title, rows in (("machine", found.machine), ("packages", found.packages)):
         table = Table(title=title, title_justify="left", show_header=False)
         for name, value in rows.items():
             table.add_row(name, value)
-        console.print(table)
+        show(table, to)
     table = Table(
         "op",
         "on CPU",
@@ -249,19 +250,16 @@ def print_diagnosis(found: Diagnosis) -> None:
             for name, why in names.items()
             if why is not None and (gpu or kind == "cpu")
         }
-    console.print(table)
+    show(table, to)
     for (name, kind), why in reasons.items():
-        console.print(f"{name} cannot run on {kind}: {why}", soft_wrap=True)
+        to.print(f"{name} cannot run on {kind}: {why}")
     for device, backends in found.attention.items():
-        console.print(
+        to.print(
             f"attention on {device}: "
             f"{', '.join(f'{name} {state}' for name, state in backends.items())}",
-            soft_wrap=True,
         )
     for text in found.notes:
-        console.print(f"note: {text}", soft_wrap=True)
+        to.print(f"note: {text}")
     for text in found.missing:
-        console.print(f"missing: {text}", soft_wrap=True)
-    console.print(
-        "something required is missing" if found.missing else "everything required is here"
-    )
+        to.print(f"missing: {text}")
+    to.print("something required is missing" if found.missing else "everything required is here")

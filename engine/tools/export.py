@@ -18,7 +18,7 @@ import torch
 
 from fusedrl.engine import config as configs
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.base.errors import ConfigError, no_such
+from fusedrl.engine.base.errors import ConfigError, no_such, resume_command
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.gguf_files import dtype_name, write_gguf
@@ -131,7 +131,7 @@ def _source(source: str | Path, step: int | str | None, kind: str) -> Source:
         steps = ", ".join(map(str, sorted(saved_steps(path))))
         raise ConfigError(
             f"export: {path} has no model yet, it is {run.state} at step {run.step}; go on with "
-            f"fusedrl resume {path}"
+            + resume_command(path)
             + (f", or export a checkpoint with --step N (of {steps})" if steps else "")
         )
     number = None if step is None else int(step)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fusedrl.engine.base import tables
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.data.formats import NOUNS, Format
@@ -463,10 +464,10 @@ _STYLES = {
 
 def print_preview(shown: Preview, console: Console | None = None) -> None:
     """Print a preview as tables and examples."""
-    console = console or Console(highlight=False)
+    console = console or tables.console()
 
     def say(text: str, style: str = "") -> None:
-        console.print(_visible(text), style=style, markup=False, soft_wrap=True)
+        console.print(_visible(text), style=style)
 
     say(f"{shown.source}: {shown.file}, format {shown.format} ({shown.why})", "bold")
     say(f"columns: {', '.join(shown.columns)}")
@@ -486,7 +487,7 @@ def print_preview(shown: Preview, console: Console | None = None) -> None:
         )
     for message in shown.bad:
         say(f"    {message}", "red")
-    console.print(_table(shown))
+    tables.show(_table(shown), console)
     _print_histogram(shown, say)
     if shown.examples:
         say(_legend(shown))

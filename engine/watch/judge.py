@@ -20,10 +20,9 @@ verdicts that are probabilities, and for several pairs of one prompt.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from fusedrl.engine.base.blame import blame, shown
+from fusedrl.engine.base.blame import Parameters, blame, place_of, shown
 from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.data.records import Prompt
@@ -77,9 +76,18 @@ class FunctionJudge:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
-        parameters = inspect.signature(function).parameters.values()
-        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else named
+        self._parameters = Parameters(f"judge {self.name!r}", function)
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raise RewardError if the function needs an argument that is neither of a judge nor one of
+        these columns of the data."""
+        if missing := self._parameters.lacking({"prompts", "a", "b", *columns}):
+            raise RewardError(
+                f"judge {self.name!r} needs the argument {missing!r}; a judge is given prompts, a, "
+                "b and the columns of the data, which has "
+                f"{', '.join(sorted(columns)) or 'none'} beside the prompt; rename it, or give it "
+                f"a default in {place_of(self.function)}"
+            )
 
     def __call__(self, pairs: Pairs) -> Any:
         arguments = {
@@ -92,13 +100,8 @@ class FunctionJudge:
             for name, column in pairs.columns.items()
             if name not in arguments
         }
-        return self.function(
-            **{
-                name: value
-                for name, value in arguments.items()
-                if self._takes is None or name in self._takes
-            }
-        )
+        self.check(pairs.columns)
+        return self.function(**self._parameters.chosen(arguments))
 
 
 class RewardJudge:
@@ -122,7 +125,7 @@ class RewardJudge:
         return ["a" if x > y else "b" if x < y else "tie" for x, y in zip(*keys, strict=True)]
 
 
-def load_judge(spec: str | Path | Callable[..., Any]) -> Judge:
+def load_judge(spec: str | Path | Callable[..., Any]) -> FunctionJudge:
     """Make a judge from `file.py:function` or from a function.
 
     Raises:
@@ -248,9 +251,8 @@ def _sign(probability: float) -> int:
 def _verdicts(judge: Judge, pairs: Pairs) -> list[float]:
     what = f"judge {judge.name!r}"
     found = []
-    for index, value in enumerate(
-        values_of(what, blame(what, partial(judge, pairs)), len(pairs.prompts), "verdict", "pair")
-    ):
+    returned = blame(what, partial(judge, pairs), function=getattr(judge, "function", None))
+    for index, value in enumerate(values_of(what, returned, len(pairs.prompts), "verdict", "pair")):
         number = VERDICTS.get(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
             raise RewardError(

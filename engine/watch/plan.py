@@ -824,8 +824,9 @@ def _tensor_table(found: Plan) -> Any:
 
 def print_plan(found: Plan) -> None:
     """Print the plan as a table on standard output."""
-    from rich.console import Console
     from rich.table import Table
+
+    from fusedrl.engine.base.tables import console, show
 
     parts, tokens = found.parts, found.tokens_per_microbatch
     each = f", each of {found.devices}" if found.devices > 1 else ""
@@ -854,10 +855,10 @@ def print_plan(found: Plan) -> None:
     table.add_section()
     table.add_row("peak", format_bytes(parts.peak))
     table.add_row("available", format_bytes(found.memory))
-    console = Console(width=100)
-    console.print(table)
+    to = console()
+    show(table, to)
     if found.tensor_parallel:
-        console.print(_tensor_table(found))
+        show(_tensor_table(found), to)
     for checkpointed, name in ((False, "without"), (True, "with")):
         most, needed = found.largest[checkpointed], format_bytes(parts.fixed)
         verdict = (
@@ -867,13 +868,10 @@ def print_plan(found: Plan) -> None:
             if most
             else f"nothing fits: {needed} are taken before the first token"
         )
-        console.print(
+        to.print(
             f"{name} checkpoint_activations: {verdict} (activations of {tokens:,}: "
             f"{format_bytes(found.activations[checkpointed])})",
-            highlight=False,
-            soft_wrap=True,
         )
-    console.print(
+    to.print(
         "The interpreter and its libraries, about 0.5 GiB, or a CUDA context come on top.",
-        highlight=False,
     )

@@ -412,7 +412,7 @@ def check_tables(check: RewardCheck) -> list[Table]:
     if check.failures:
         table = Table(title="Without a value", title_justify="left")
         for name in ("kind", "completions", "the first"):
-            table.add_column(name, overflow="fold")
+            table.add_column(name)
         for kind, one in check.failures.items():
             said = f"{one['message']}\nfor {one['prompt']} -> {one['completion']!r}"
             table.add_row(kind, str(one["completions"]), said)

@@ -49,7 +49,11 @@ SHOWN = (
     "learning_rate",
     "tokens_per_s",
     "timing/step",
+    "timing/*",
+    "mem/peak_gib",
+    "mem/*_gib",
 )
+VALUES = ("first", "middle", "last", "least", "most")
 
 
 def samples_table(run: RunRecord, columns: int = 4) -> Table:
@@ -125,15 +129,15 @@ def shown_metrics(runs: Sequence[RunRecord]) -> list[str]:
     )
 
 
-def metrics_table(run: RunRecord) -> Table:
-    """Return a table of a run's main metrics: first, middle and last value, minimum and maximum."""
+def metrics_table(run: RunRecord, values: Sequence[str] = VALUES) -> Table:
+    """Return a table of a run's main metrics. `values` are those of VALUES to show: first, middle
+    and last value, least and most."""
     table = Table(title=Text(f"{run.name}: {run.steps} steps"), title_justify="left", box=SIMPLE)
-    table.add_column("", overflow="fold")
-    for heading in ("first", "middle", "last", "least", "most"):
+    table.add_column("")
+    for heading in values:
         table.add_column(heading, justify="right")
     for name, found in final_values(run).items():
-        five = (found.first, found.middle, found.last, found.least, found.most)
-        table.add_row(Text(name), *(f"{value:.4g}" for value in five))
+        table.add_row(Text(name), *(f"{getattr(found, value):.4g}" for value in values))
     return table
 
 
@@ -143,9 +147,9 @@ def comparison_tables(runs: Sequence[RunRecord]) -> list[Table]:
     last = Table(title="Last values", title_justify="left", box=SIMPLE)
     options = Table(title="Options that differ", title_justify="left", box=SIMPLE)
     for table, justify in ((last, "right"), (options, "left")):
-        table.add_column("", no_wrap=True, overflow="fold")
+        table.add_column("")
         for run in runs:
-            table.add_column(Text(run.name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+            table.add_column(Text(run.name), justify=justify)  # type: ignore[arg-type]
     last.add_row("steps", *(f"{run.steps:,}" for run in runs))
     for name in shown_metrics(runs):
         row = [f"{found[name].last:.4g}" if name in found else "" for found in finals]

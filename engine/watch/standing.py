@@ -118,7 +118,7 @@ def standing_table(names: Sequence[str], found: Sequence[Standing], title: str) 
     table = Table(title=title, title_justify="left")
     table.add_column("95% intervals over prompts")
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right")
     for row in dict.fromkeys(name for one in found for name in one.rows):
         label = LABELS.get(row, row.replace("pass_at_", "pass@"))
         table.add_row(label, *(_cell(row, one.rows.get(row)) for one in found))

@@ -217,7 +217,9 @@ def charts(
                     _chart(runs, points, title, metric, held, plot.unit, plot.about)
                 )
         if group == "Time and memory":
-            found[group] = [*_phases(runs, points), *found[group]]
+            parts = list(_phases(runs, points))
+            drawn |= {name for part in parts for name in part["names"]}
+            found[group] = [*parts, *found[group]]
     rest = [name for name in known if name not in drawn and not name.endswith("_stderr")]
     room = max(0, MOST_CHARTS - sum(map(len, found.values())))
     found[REST] = [_chart(runs, points, name, name, "", "", "") for name in rest[:room]]
@@ -269,24 +271,42 @@ def _chart(
 
 
 def _phases(runs: Sequence[RunRecord], points: Points) -> Iterator[dict[str, Any]]:
-    """Yield a chart of every run with phases: their seconds, one above the other."""
+    """Yield two charts of every run with phases: their seconds, one above the other, and their
+    peak memory."""
     for index, run in enumerate(runs):
-        names = phases(run)
-        if len(names) > 1:
-            yield {
-                "title": "Phases of a step" + (f": {run.name}" if len(runs) > 1 else ""),
-                "names": names,
-                "unit": "s",
-                "about": "One above the other; together they are the step.",
-                "lines": [
-                    {"run": index, "name": name.removeprefix("timing/"), "held": False}
-                    | points.of(run.series[name])
-                    for name in names
-                ],
-                "targets": [],
-                "held": False,
-                "stacked": True,
-            }
+        of = f": {run.name}" if len(runs) > 1 else ""
+        memory = memory_of_phases(run)
+        for title, names, unit, about in (
+            ("Phases of a step", phases(run), "s", "One above the other; together, the step."),
+            ("Peak memory of phases", memory, "GiB", "The most within each phase of the step."),
+        ):
+            if len(names) > 1:
+                yield {
+                    "title": title + of,
+                    "names": names,
+                    "unit": unit,
+                    "about": about,
+                    "lines": [
+                        {"run": index, "name": _phase(name), "held": False}
+                        | points.of(run.series[name])
+                        for name in names
+                    ],
+                    "targets": [],
+                    "held": False,
+                } | ({"stacked": True} if unit == "s" else {})
+
+
+def _phase(name: str) -> str:
+    return name.removeprefix("timing/").removeprefix("mem/").removesuffix("_gib")
+
+
+def memory_of_phases(run: RunRecord) -> list[str]:
+    """Return the metrics that hold the peak memory of a step's phases."""
+    return [
+        name
+        for name in run.series
+        if name.startswith("mem/") and name.endswith("_gib") and name != "mem/peak_gib"
+    ]
 
 
 def phases(run: RunRecord) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError, DataError, RewardError
 from fusedrl.engine.cli.common import plain_warnings
-from fusedrl.engine.cli.main import STAGES, main, parse_config, resume_command
+from fusedrl.engine.cli.main import STAGES, main, parse_config
 from fusedrl.engine.cli.names import (
     ELSEWHERE,
     OF_OTHER_STAGES,
@@ -252,17 +252,6 @@ def test_values_as_people_write_them(tmp_path):
         ).run.dir
         == "2024"
     ), "texts stay what they are"
-
-
-def test_the_command_that_resumes_keeps_its_other_options():
-    assert (
-        resume_command(["sft", "--run.resume", "--run.dir", "x"])
-        == "fusedrl train sft --run.dir x --run.resume true"
-    )
-    assert (
-        resume_command(["sft", "--run.resume", "yes", "--run.dir", "x"])
-        == "fusedrl train sft --run.dir x --run.resume true"
-    )
 
 
 @pytest.mark.parametrize(
@@ -590,8 +579,7 @@ def no_models(tiny_model, tmp_path):
         f"{tiny_model}/model.safetensors": f"use {tiny_model}",
         "run/model": "a run that has no model yet",
         "run/checkpoints": "is a checkpoint of the run run",
-        "run/checkpoints/step_00000003": "go on with the command that began it and --run.resume "
-        "true",
+        "run/checkpoints/step_00000003": "go on with fusedrl resume run",
     }
     return wrong
 

@@ -303,7 +303,7 @@ def test_train_then_generate(tiny_model, write_jsonl, tmp_path, capsys):
     capsys.readouterr()
 
     assert main([*train, "--run.progress", "false"]) == 2  # the directory holds a run
-    assert "continue it with --run.resume true" in capsys.readouterr().err
+    assert f"continue it with fusedrl resume {run}, or" in capsys.readouterr().err
     assert main([*train, "--run.resume", "true", "--optim.lr", "1"]) == 2
     assert "optim.lr: 1e-05 -> 1.0" in capsys.readouterr().err
     # finished already

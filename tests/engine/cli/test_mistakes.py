@@ -116,7 +116,11 @@ FILES = {
     "nans.py": "def f(completions, **_):\n    return [float('nan')] * len(completions)\n",
     "wants.py": "def f(completions, answer, **_):\n    return [1.0] * len(completions)\n",
     "judges.py": "def odd(a, b, **_):\n    return ['first'] * len(a)\n\n\n"
-    "def short(a, b, **_):\n    return ['a']\n",
+    "def short(a, b, **_):\n    return ['a']\n\n\n"
+    "def other(prompt, first, second):\n    return ['a']\n\n\n"
+    "def placed(prompts, a, b, /):\n    return ['a'] * len(a)\n",
+    "loggers.py": "class Bare:\n    def __init__(self):\n        pass\n\n"
+    "    def log(self, step, values):\n        pass\n\n\ndef mute(values):\n    pass\n",
     "good.py": "number = 3\n\n\nclass Judge:\n    pass\n\n\n"
     "def f(completions, **_):\n    return [1.0] * len(completions)\n\n\n"
     "def better(a, b, **_):\n    return ['a'] * len(a)\n",

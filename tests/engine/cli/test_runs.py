@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tests.engine.conftest import WORDS
 
 from fusedrl.engine.cli.main import STAGES, main, parse_config
+from fusedrl.engine.cli.runs import resumed
 from fusedrl.engine.runs.checkpoint import RunLock, saved_steps
 from fusedrl.engine.runs.files import is_locked
 from fusedrl.engine.runs.metrics import read_rows
@@ -154,6 +157,58 @@ def test_a_run_of_two_devices_is_resumed_on_two(place, capfd):
         (saved_steps(name)[last] / "model.safetensors").read_bytes() for name in ("cut", "whole")
     )
     assert ours == theirs
+
+
+def test_torchrun_resumes_on_the_processes_that_it_starts(place, monkeypatch):
+    """And does not start as many again within each."""
+    assert main(["train", "sft", *SFT, "--run.dir=cut"]) == 0
+    status = json.loads(Path("cut/status.json").read_text())
+    Path("cut/status.json").write_text(json.dumps(status | {"devices": 2}))
+    assert "--devices=2" in resumed(["cut"])[2]
+    assert "--devices=2" not in resumed(["cut", "--devices", "1"])[2]
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    assert not [word for word in resumed(["cut"])[2] if word.startswith("--devices")]
+
+
+@pytest.mark.full
+def test_a_run_under_torchrun_goes_on_under_torchrun_and_without(place):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "fusedrl"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+    def call(*argv: str) -> str:
+        done = subprocess.run([*argv], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    options = [*SFT, "--epochs=1", "--run.dir=cut", "--run.save_every=1", "--device=cpu"]
+    said = call(*command, "train", "sft", *options)
+    assert "go on with: fusedrl resume cut\n" in said
+    for program in (command, [sys.executable, "-m", "fusedrl"]):
+        shutil.rmtree("cut/model")
+        shutil.rmtree(saved_steps("cut")[3])
+        said = call(*program, "resume", "cut", "--run.keep", "9")
+        assert "continuing after step 2 of 3" in said
+        assert read_status(Path("cut"))["devices"] == 2
+        assert Path("cut/model").is_dir()
+
+
+def test_a_run_without_a_checkpoint_is_not_said_to_go_on(place, capsys):
+    assert main(["train", "sft", *SFT, "--run.dir=runs/cut"]) == 0
+    shutil.rmtree("runs/cut/model")
+    Path("runs/cut/status.json").unlink()
+    (row,) = listed(capsys)
+    assert (row["state"], row["next"]) == ("interrupted", "fusedrl resume runs/cut")
+    shutil.rmtree("runs/cut/checkpoints")
+    (row,) = listed(capsys)
+    assert (row["next"], row["resumes"]) == ("fusedrl report runs/cut", False)
+    assert main(["runs"]) == 0
+    assert "no checkpoint" in capsys.readouterr().out
+    assert main(["resume", "runs/cut"]) == 2
 
 
 @pytest.mark.parametrize(

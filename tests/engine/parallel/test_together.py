@@ -157,8 +157,8 @@ def test_an_error_on_one_rank_ends_all_with_its_message_and_the_step_before_is_s
     assert code == 2, said
     assert said.count("fusedrl: error:") == 1
     assert "reward 'fails_on_one' raised ValueError: only here" in said
-    assert "step 1 is in failed/checkpoints/step_00000001; go on with: fusedrl train" in said
-    assert "--devices 2 --run.resume true" in said
+    told = "step 1 is in failed/checkpoints/step_00000001; go on with: fusedrl resume failed\n"
+    assert told in said
     assert steps_of(furnished, "failed") == [1]
 
 
@@ -167,7 +167,7 @@ def test_a_rank_that_dies_is_told_of_and_the_run_goes_on_with_any_number_of_rank
     code, said = ended(start(furnished, "dies_on_one", 3, "killed", 2, "--run.save_every", "1"))
     assert code != 0
     assert "another rank is gone" in said
-    assert "--run.resume true" in said
+    assert "go on with: fusedrl resume killed\n" in said
     assert steps_of(furnished, "killed") == [1]
     rest = ["--run.save_every", "1", "--run.resume", "true"]
     code, said = ended(start(furnished, "dies_on_one", 3, "killed", 4, *rest, "--run.keep", "9"))

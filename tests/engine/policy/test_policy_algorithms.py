@@ -511,8 +511,11 @@ def test_no_two_rows_are_one_algorithm(make, device):
 @pytest.mark.parametrize(
     "algorithm, more, told",
     [
-        ("grpo", {}, "loss.clip_low 0.2, loss.clip_high 0.2 will never act"),
-        ("a2c", {}, "loss.value_clip 0.2 will never act"),
+        ("grpo", {}, None),
+        ("grpo", dict(loss=LossConfig(clip_low=0.1)), "loss.clip_low 0.1 will never act"),
+        ("grpo", dict(loss=LossConfig(clip_low=0.2)), None),
+        ("a2c", {}, None),
+        ("a2c", dict(loss=LossConfig(value_clip=0.4)), "loss.value_clip 0.4 will never act"),
         ("gspo", dict(minibatches=1), "loss.clip_low 0.0003, loss.clip_high 0.0004"),
         ("ppo_penalty", dict(epochs=1), "penalty, loss.value_clip"),
         ("sapo", dict(minibatches=1), "loss.tau_positive 1, loss.tau_negative 1.05"),
@@ -528,7 +531,9 @@ def test_no_two_rows_are_one_algorithm(make, device):
         ("grpo", dict(loss=LossConfig(objective="importance")), None),
     ],
 )
-def test_bounds_that_never_act_are_told_at_the_start(make, monkeypatch, algorithm, more, told):
+def test_bounds_that_were_chosen_and_never_act_are_told_at_the_start(
+    make, monkeypatch, algorithm, more, told
+):
     said = []
     monkeypatch.setattr(Run, "message", lambda self, text: said.append(text))
     options = dict(kl=KLConfig(), prompts_per_step=3, samples_per_prompt=None) | more

@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from fusedrl.engine.base.errors import ConfigError, RewardError, SetupError
+from fusedrl.engine.base.errors import ConfigError, RewardError, SetupError, UserError
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.config import (
     EvaluationConfig,
@@ -240,13 +240,40 @@ def test_a_file_gives_a_class_a_function_or_an_object(tmp_path, info):
     )
     path = tmp_path / "mine.py"
     names = [f"{path}:{name}" for name in ("Kind", "one", "function")]
-    check_loggers(names)
     for name, expected in zip(
         names, (["grpo", ("Kind", 3)], [("one", 3)], [("function", 3)]), strict=True
     ):
+        check_loggers([name])  # imports the file once, for the run as well
+        module = sys.modules["fusedrl_reward_mine"]
         with Reporter([name], info, print) as reporter:
             reporter.log(3, {})
-        assert sys.modules["fusedrl_reward_mine"].rows == expected
+        assert sys.modules["fusedrl_reward_mine"] is module
+        assert module.rows == expected
+        with Reporter([name], info, print):
+            assert sys.modules["fusedrl_reward_mine"] is not module  # of another run
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("class L:\n    def __init__(self): pass\n    def log(self, step, values): pass", "(info)"),
+        ("class L:\n    def log(self, step): pass", "(info)"),
+        ("class L:\n    def __init__(self, info): pass\n    log = 3", "expected a method log"),
+        (
+            "class L:\n    def __init__(self, info): pass\n    def log(self, step): pass",
+            "(self, step, values)",
+        ),
+        ("def L(values): pass", "(step, values)"),
+        ("L = 3", "expected a function"),
+        ("import no_such_module_at_all", "ModuleNotFoundError"),
+        ("", "the file has no 'L'"),
+    ],
+)
+def test_a_logger_that_cannot_be_called_is_told_before_a_model_is_loaded(tmp_path, body, words):
+    (tmp_path / "bad.py").write_text(body + "\n")
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        check_loggers([f"{tmp_path / 'bad.py'}:L"])
+    assert str(tmp_path / "bad.py") in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from fusedrl.engine.base.errors import (
     SetupError,
     Stopped,
 )
-from fusedrl.engine.cli.main import main, parse_config, resume_command
+from fusedrl.engine.cli.main import main, parse_config
 from fusedrl.engine.config import (
     CriticConfig,
     DPOConfig,
@@ -594,7 +593,7 @@ def test_processes_that_are_stopped_at_random_moments(tmp_path, tiny_model, writ
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), told
         if number != signal.SIGKILL:
             assert last(parts) > before
-            assert "go on with: fusedrl train ppo" in told
+            assert f"go on with: fusedrl resume {parts.run.dir}\n" in told
             assert last(parts) == json.loads(lines.read_text().splitlines()[-1])["step"]
     assert main([*options, "--run.resume", "true"]) == 0
     assert_same(outcome(parts), outcome(config))
@@ -635,46 +634,44 @@ def test_by_default_the_clock_says_when(make, monkeypatch):
     } == {"step_00000010", "step_00000012"}
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["sft", "--model", "m", "--data", "a b.jsonl"],
-        ["ppo", "--config", "run.yaml", "--run.resume", "false", "--optim.lr=1e-6"],
-        ["ppo", "--run.resume=true", "--reward", "it's.py:f"],
-    ],
-)
-def test_the_command_that_goes_on(argv):
-    words = shlex.split(resume_command(argv))
-    assert words[:2] == ["fusedrl", "train"]
-    assert words[-2:] == ["--run.resume", "true"]
-    assert words[2:-2] == [
-        word for word in argv if not word.startswith("--run.resume") and word != "false"
-    ]
+STAGE_OPTIONS = {
+    "sft": ["--sequences_per_step", "2"],
+    "reward": ["--pairs_per_step", "2"],
+    "dpo": ["--pairs_per_step", "2"],
+    "rejection": ["--prompts_per_step", "2", "--samples_per_prompt", "2", "--steps", "4"],
+    "ppo": ["--prompts_per_step", "4", "--steps", "4", "--optim.lr", "1e-4"],
+    "grpo": ["--prompts_per_step", "2", "--samples_per_prompt", "2", "--steps", "4"],
+}
 
 
-def test_what_is_printed_can_be_run(tmp_path, tiny_model, write_jsonl, capsys):
-    """With a configuration file, too."""
-    (tmp_path / "run.yaml").write_text(
-        json.dumps(
-            {"sequences_per_step": 2, "run": {"dir": str(tmp_path / "run"), "resume": False}}
-        )
-    )
-    data = write_jsonl("data with blanks.jsonl", [{"prompt": "w1 w2", "completion": "w3 w4"}] * 8)
-    argv = [
-        "train",
-        "sft",
-        "--config",
-        str(tmp_path / "run.yaml"),
-        "--model",
-        str(tiny_model),
-        "--data",
-        data,
-    ]
+@pytest.mark.parametrize("stage", STAGE_OPTIONS)
+def test_what_is_printed_can_be_run(stage, tmp_path, tiny_model, write_jsonl, capsys, monkeypatch):
+    """Of every stage, with a configuration file and names with blanks, from another directory too:
+    one short command goes on with the run."""
+    monkeypatch.chdir(tmp_path)
+    run = {"dir": "the run", "resume": False, "progress": False, "save_every": 1}
+    (tmp_path / "run.yaml").write_text(json.dumps({"run": run}))
+    rows = {"prompt": "w1 w2", "completion": "w3 w4"}
+    if stage in ("reward", "dpo"):
+        rows = {"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}
+    write_jsonl("data with blanks.jsonl", [rows] * 8)
+    (tmp_path / "it's.py").write_text(REWARD)
+    argv = ["train", stage, "--config", "run.yaml", "--model", str(tiny_model)]
+    argv += ["--data", "data with blanks.jsonl", *STAGE_OPTIONS[stage]]
+    if stage in ("rejection", "ppo", "grpo"):
+        argv += ["--reward", "it's.py:likes_w3", "--generation.max_new_tokens", "4"]
     with disturbed("update", send(signal.SIGTERM, signal.SIGTERM)):
         assert main(argv) == 143
-    command = capsys.readouterr().err.split("go on with: ")[-1].splitlines()[0]
-    assert main(shlex.split(command)[1:]) == 0
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4
+    told = capsys.readouterr().err.split("go on with: ")[1:]
+    commands = {one.splitlines()[0] for one in told}
+    assert commands == {"fusedrl resume 'the run'"}
+    assert main(["resume", "the run", "--run.save_every", "0", "--run.keep", "9"]) == 0
+    assert json.loads(Path("the run/status.json").read_text())["state"] == "finished"
+    lines = Path("the run/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [1, 2, 3, 4]
+    assert main(["train", *argv[1:]]) == 2
+    assert "continue it with fusedrl resume 'the run', or choose" in capsys.readouterr().err
 
 
 # ---- a directory that holds records --------------------------------------------------------------

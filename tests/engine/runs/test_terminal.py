@@ -236,7 +236,7 @@ def test_ctrl_c_saves_the_run_and_leaves_the_terminal_as_it_was(run_on_terminal,
     shown.read()
     assert shown.wait() == 128 + signal.SIGINT
     assert "the run stops when this step is complete and saved" in shown.output
-    assert "go on with: fusedrl train grpo" in " ".join(shown.output.split())
+    assert "go on with: fusedrl resume run" in " ".join(shown.output.split())
     assert "\x1b[?25l" not in shown.output
     steps = _steps(tmp_path / "run")
     assert steps == list(range(1, len(steps) + 1))

@@ -301,7 +301,7 @@ def test_the_command(tiny_model, tmp_path, write_jsonl, capsys):
                 *common,
                 "--judge",
                 f"{tmp_path / 'judges.py'}:longer",
-                "--prompts",
+                "--rows",
                 "3",
                 "--output-json",
                 str(tmp_path / "out.json"),
@@ -315,7 +315,7 @@ def test_the_command(tiny_model, tmp_path, write_jsonl, capsys):
         (["--judge", f"{tmp_path / 'judges.py'}:broken"], "got 2.0"),
         (["--judge", "x.py:f"], "there is no such file"),
         (["--reward", "x.py:f"], "there is no such file"),
-        (["--reward", "x", "--prompts", "-1"], "--prompts"),
+        (["--reward", "x", "--rows", "-1"], "--rows"),
         (
             ["--reward", f"{tmp_path / 'judges.py'}:count", "--max_new_tokens", "64"],
             "--max_new_tokens below the model's 64 positions",

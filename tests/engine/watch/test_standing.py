@@ -119,7 +119,7 @@ def test_a_threshold_and_several_rewards(folder, capsys):
     assert found["pass_at_2"]["value"] >= found["pass_at_1"]["value"]
     found = evaluated(folder, capsys, "--n", 2, reward="size")["models"][0]
     assert "pass_at_1" not in found
-    found = evaluated(folder, capsys, "--reward", "length:budget=3", "--prompts", 3, reward="size")
+    found = evaluated(folder, capsys, "--reward", "length:budget=3", "--rows", 3, reward="size")
     assert found["prompts"] == 3
     assert {"rewards/size/mean", "rewards/length/mean"} <= set(found["models"][0])
     found = evaluated(folder, capsys, reward="odd_one")["models"][0]
