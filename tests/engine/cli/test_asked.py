@@ -49,6 +49,7 @@ def test_every_name_that_is_told_exists():
         "max_new_tokens",
         "temperature",
         "stop_token_ids",
+        "rows",
     }
     assert not {ours for names in (ELSEWHERE | OF_OTHER_STAGES).values() for ours in names} - known
     assert set(OF_OTHER_STAGES) <= known
