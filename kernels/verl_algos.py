@@ -182,9 +182,7 @@ def compute_remax_outcome_advantage(
     return torch.where(mask, returns - reward_baselines[:, None], 0), returns
 
 
-def _groups(
-    rewards_BT: Tensor, index: Sequence[Any] | np.ndarray
-) -> tuple[Tensor, Tensor, Tensor]:
+def _groups(rewards_BT: Tensor, index: Sequence[Any] | np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores [B], group ids [B], and whether a score is alone in its group."""
     _, ids, counts = np.unique(np.asarray(index), return_inverse=True, return_counts=True)
     scores = _wide(rewards_BT.detach()).sum(-1)
@@ -241,9 +239,7 @@ def _weights(
 ) -> Tensor:
     """Return the weight [B, T] of every token."""
     if mode not in _MODES:
-        raise ValueError(
-            f"Invalid loss_agg_mode: {mode}: expected one of {', '.join(_MODES)}"
-        )
+        raise ValueError(f"Invalid loss_agg_mode: {mode}: expected one of {', '.join(_MODES)}")
     mask = mask.to(dtype)
     if mode == "token-sum":
         return mask * dp_size

@@ -18,8 +18,8 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
     The reference is the initial weights.
 
     Let h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), where each
-    log-probability is the sum over the answer's tokens. The losses are: sigmoid -log sigmoid(beta h),
-    ipo (h - 1 / (2 beta))^2, hinge max(0, 1 - beta h); see preference/losses.py.
+    log-probability is the sum over the answer's tokens. The losses are: sigmoid -log
+    sigmoid(beta h), ipo (h - 1 / (2 beta))^2, hinge max(0, 1 - beta h); see preference/losses.py.
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.
@@ -30,7 +30,8 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
             mean log-probability per token, as TRL has it); hinge (that of RSO, or of SLiC with a
             reference); or robust (unbiased if the share of wrong labels is known to be
             label_smoothing).
-        beta: strength of the KL that keeps the policy near the reference; with ipo and ipo_mean, its tau.
+        beta: strength of the KL that keeps the policy near the reference; with ipo and ipo_mean,
+            its tau.
         label_smoothing: probability that a label is wrong: an assumed one with sigmoid (Mitchell,
             2023, cDPO), a known one with robust (Chowdhury et al., 2024).
         nll_coef: weight of the mean negative log-probability of the chosen answer's tokens, added

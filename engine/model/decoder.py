@@ -13,9 +13,10 @@ Rounding  the same as in the sampler's `decode_step`. Between bfloat16 weights, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -30,8 +31,8 @@ from fusedrl.engine.model.step import Adapter, DecoderWeights, activation_dtype,
 from fusedrl.engine.model.wide import activated, attend, embed, linear
 from fusedrl.kernels.rope import RopeTable
 
-_set: ContextVar[dict[int, bool]] = ContextVar(
-    "decoders whose adapter was set on or off in this thread", default={}
+_set: ContextVar[Mapping[int, bool]] = ContextVar(
+    "decoders whose adapter was set on or off in this thread", default=MappingProxyType({})
 )
 
 
@@ -201,8 +202,8 @@ class Decoder(nn.Module):
     bits.
 
     `lora`: settings of the decoder's adapter (`lora.add_adapter`), or None if there is no adapter.
-    `followed`: a function that says whether the adapter is on where no `with` block sets it, because
-    it belongs to another model as well; None: it is on.
+    `followed`: a function that says whether the adapter is on where no `with` block sets it,
+    because it belongs to another model as well; None: it is on.
     """
 
     head: Tensor | None

@@ -69,8 +69,8 @@ class PeftAdapter:
             return True
         raise RuntimeError(
             f"HybridActor: the shared model's adapter {self.name!r} is neither on, off nor merged "
-            f"as a whole: active {sorted(active)}, merged {sorted(merged)}, disabled {sorted(off)}, "
-            f"scale {sorted(scales)} and {self.lora.scale} when it was shared; set it back "
+            f"as a whole: active {sorted(active)}, merged {sorted(merged)}, disabled "
+            f"{sorted(off)}, scale {sorted(scales)} and {self.lora.scale} when it was shared; set it back "
             "(set_adapter, unmerge_adapter), or build a new actor with from_module"
         )
 
@@ -198,4 +198,6 @@ def _near(a: float | None, b: float) -> bool:
 
 
 def _refuse(why: str) -> None:
-    raise ValueError(f"from_module: the model has a PEFT adapter that cannot be shared: {why}. Or {_REMEDY}")
+    raise ValueError(
+        f"from_module: the model has a PEFT adapter that cannot be shared: {why}. Or {_REMEDY}"
+    )

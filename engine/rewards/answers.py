@@ -4,8 +4,8 @@
                     last "answer is" or "answer:", else the whole text; text up to the last </think>
                     is never looked at
     number          18, 1,200, $5, .5, -3, 1.5e3, 1/2, \\frac{1}{2}, 3\\frac{1}{2}, 50%
-    unit            words in \\text or \\mathrm behind a number are left out: 18 \\text{ apples} is 18,
-                    but 5 \\text{ million} is not 5
+    unit            words in \\text or \\mathrm behind a number are left out: 18 \\text{ apples} is
+                    18, but 5 \\text{ million} is not 5
     the same        numbers of one exact value (1/2 = 0.5, and 0.33 is not 1/3); tuples and lists of
                     the same answers; else texts that differ in spaces, case, $, \\left, \\right and
                     \\text alone. 50% is the same as 0.5, and as 50: a question that says "what

@@ -51,7 +51,9 @@ class Patched:
     ) -> None:
         self.calls = Counter[str]() if calls is None else calls
         if calls is None:
-            names = {name: Name(one.theirs, self._counted(name, one.ours)) for name, one in names.items()}
+            names = {
+                name: Name(one.theirs, self._counted(name, one.ours)) for name, one in names.items()
+            }
         self._library, self._names, self._tables, self._remedy = library, names, tables, remedy
         self._swap({id(one.theirs): one.ours for one in names.values()})
         self._hook = register_optimizer_step_pre_hook(self._check)

@@ -4,9 +4,9 @@
             - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer))
                                       / overlong_buffer)      (Yu et al., 2025, DAPO, eq. 13)
 
-Dynamic sampling (same source, 3.2): a group whose rewards are all the same teaches nothing about the
-task; it is dropped, and another prompt takes its place. The rewards are compared before penalties
-for length and for a missing end: lengths alone do not make a group worth keeping.
+Dynamic sampling (same source, 3.2): a group whose rewards are all the same teaches nothing about
+the task; it is dropped, and another prompt takes its place. The rewards are compared before
+penalties for length and for a missing end: lengths alone do not make a group worth keeping.
 """
 
 from __future__ import annotations
@@ -160,10 +160,10 @@ def rollout(
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
     Samples with an invalid reward (raised, NaN, of the wrong type) are left out of the batch, so
-    groups may differ in size. With `refill_tries`, groups whose rewards are all equal before penalties are
-    left out, too. As many other prompts are drawn in their place, at most `refill_tries` times. If all groups
-    are of this kind, the first ones stay. Metrics cover all valid samples, including those left
-    out: the samples in the batch alone would misrepresent the policy.
+    groups may differ in size. With `refill_tries`, groups whose rewards are all equal before
+    penalties are left out, too. As many other prompts are drawn in their place, at most
+    `refill_tries` times. If all groups are of this kind, the first ones stay. Metrics cover all
+    valid samples, including those left out: the samples in the batch alone would misrepresent the policy.
 
     Args:
         draw: returns the given number of prompts, and the request id of the first. Ids count on

@@ -166,7 +166,7 @@ def test_other_kinds_and_mixed_dtypes_are_refused_with_the_remedy():
         copy.deepcopy(plain),
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
     )
-    with pytest.raises(ValueError, match="expected a PEFT model with LoRA, got .* PROMPT_TUNING"):
+    with pytest.raises(ValueError, match=r"expected a PEFT model with LoRA, got .* PROMPT_TUNING"):
         HybridActor.from_module(soft)
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
     half = copy.deepcopy(plain).to(torch.bfloat16)
@@ -175,5 +175,5 @@ def test_other_kinds_and_mixed_dtypes_are_refused_with_the_remedy():
     HybridActor.from_module(peft.get_peft_model(half, settings, autocast_adapter_dtype=False))
     merged = peft.get_peft_model(plain, settings)
     merged.merge_adapter()
-    with pytest.raises(ValueError, match="it is merged at .*unmerge or enable it"):
+    with pytest.raises(ValueError, match=r"it is merged at .*unmerge or enable it"):
         HybridActor.from_module(merged)

@@ -77,7 +77,9 @@ def test_slopes(name, device):
     assert torch.autograd.gradcheck(
         lambda x: preference_loss(name, x, p, margin, beta=0.3, label_smoothing=0.1), (h,)
     )
-    if not name.startswith("ipo"):  # a larger h is better for the chosen side, however large; ipo has a best h
+    if not name.startswith(
+        "ipo"
+    ):  # a larger h is better for the chosen side, however large; ipo has a best h
         one = torch.tensor(
             [-50.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True, device=device
         )
