@@ -70,8 +70,9 @@ class PeftAdapter:
         raise RuntimeError(
             f"HybridActor: the shared model's adapter {self.name!r} is neither on, off nor merged "
             f"as a whole: active {sorted(active)}, merged {sorted(merged)}, disabled "
-            f"{sorted(off)}, scale {sorted(scales)} and {self.lora.scale} when it was shared; set it back "
-            "(set_adapter, unmerge_adapter), or build a new actor with from_module"
+            f"{sorted(off)}, scale {', '.join(sorted(map(str, scales)))} and {self.lora.scale} "
+            "when it was shared; set it back (set_adapter, unmerge_adapter), or build a new actor "
+            "with from_module"
         )
 
     def parameter(self, name: str) -> str:

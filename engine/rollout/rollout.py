@@ -163,7 +163,8 @@ def rollout(
     groups may differ in size. With `refill_tries`, groups whose rewards are all equal before
     penalties are left out, too. As many other prompts are drawn in their place, at most
     `refill_tries` times. If all groups are of this kind, the first ones stay. Metrics cover all
-    valid samples, including those left out: the samples in the batch alone would misrepresent the policy.
+    valid samples, including those left out: the samples in the batch alone would misrepresent the
+    policy.
 
     Args:
         draw: returns the given number of prompts, and the request id of the first. Ids count on
