@@ -289,13 +289,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         wide, mask = torch.promote_types(_input.dtype, torch.float32), attention_mask != 0
         ids = torch.where(mask, selected_token_ids, _IGNORED).flatten()
         weights = self._weights(mask.to(wide), num_items_in_batch).flatten()
-        ref_logp = ref_per_token_logps
-        if not (self.beta and self.use_ref_model):
-            ref_logp = None
-        elif ref_logp is None:
-            ref_logp = self._score(ref_input, ref_weight, ref_bias, ids, wide)
-        else:
-            ref_logp = ref_logp.to(wide).flatten()
+        ref_logp = self._reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, ids, wide)
         if self.composed:
             logp = self._logp(_input, lin_weight, bias, ids, wide).view(B, T)
             old, ref = (
@@ -328,6 +322,22 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             loss = loss - loss.detach() + at_ratio_one
         clip_ratio = stats.clip_fraction_low + stats.clip_fraction_high
         return loss, (stats.ref_kl, clip_ratio) if self.beta else (clip_ratio,)
+
+    def _reference(
+        self,
+        logp_BT: Tensor | None,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ids: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """Return the reference's log-probabilities [B T], given or computed; None without a KL."""
+        if not (self.beta and self.use_ref_model):
+            return None
+        if logp_BT is None:
+            return self._score(hidden, weight, bias, ids, dtype)
+        return logp_BT.to(dtype).flatten()
 
     def _advantages(self, advantages_B: Tensor, ratio: Tensor | None, mask_BT: Tensor) -> Tensor:
         """Return [B, T] advantages times the sampler's ratios; 0 at masked tokens."""

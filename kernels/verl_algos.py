@@ -445,13 +445,17 @@ def _loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    info = {} if config is None else config.global_batch_info
+    info: dict[str, Any] = {} if config is None else dict(config.global_batch_info)
     weights = _weights(
         response_mask, mode, **info, dtype=torch.promote_types(log_prob.dtype, torch.float32)
     )
     if rollout_is_weights is not None:
         weights = torch.where(weights != 0, weights * rollout_is_weights, 0)
     return _weighted(objective, old_log_prob, log_prob, advantages, weights)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return _wide(x).reshape(-1)
 
 
 def _weighted(
@@ -462,16 +466,13 @@ def _weighted(
     weights: Tensor,
 ) -> tuple[Tensor, PolicyStats]:
     B, T = log_prob.shape
-    logp, old, advantages, weights = (
-        None if x is None else _wide(x).reshape(-1)
-        for x in (log_prob, old_log_prob, advantages, weights)
-    )
+    logp = _flat(log_prob)
     ends = T * torch.arange(B + 1, device=log_prob.device)
     return policy_loss(
         logp,
-        old,
-        advantages,
-        weights,
+        None if old_log_prob is None else _flat(old_log_prob),
+        _flat(advantages),
+        _flat(weights),
         objective=objective,
         cu_seqlens=ends if objective.by_sequence else None,
         impl=_impl(logp),

@@ -16,7 +16,7 @@ import functools
 import types
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def _add_fused_lm_head(
         count = mask_BT.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return _output(-logp_BT.sum() / count, logp_BT, entropy_BT, mask_BT, outputs)
 
-    model.forward = types.MethodType(forward, model)
+    cast(Any, model).forward = types.MethodType(forward, model)
 
 
 def _scored(
@@ -148,7 +148,7 @@ def _output(
     )
 
 
-def _refuse(expected: str) -> None:
+def _refuse(expected: str) -> NoReturn:
     raise ValueError(
         f"fused_head: expected {expected}; leave fused_head() out, and TRL computes it itself"
     )

@@ -1,5 +1,7 @@
 """The adapters against the definitions of the libraries whose names they bear, stated again here,
-eagerly and in float64."""
+eagerly and in float64.
+
+One file: what Liger's losses share, their problem and their definition, is most of it."""
 
 import inspect
 
