@@ -100,4 +100,3 @@ class Patched:
                 f"{self._library}: none of {', '.join(self._names)} was called before the first "
                 f"optimizer step, so fusedrl would compute nothing of it: {self._remedy}"
             )
-        self._hook.remove()

@@ -36,7 +36,7 @@ def train(model, directory, trainer=trl.GRPOTrainer, config=trl.GRPOConfig, **op
             seed=0,
             **given,
         ),
-        rollout_func=rollout_func(),
+        **({"rollout_func": rollout_func()} if trainer is trl.GRPOTrainer else {}),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(8)]}),
     )
     return made
