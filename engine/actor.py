@@ -32,6 +32,7 @@ from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
+from fusedrl.engine.model.peft_adapters import inner_model
 from fusedrl.engine.model.sharing import share
 from fusedrl.engine.model.strict import strict_fault, strict_hidden, strict_logprob
 from fusedrl.engine.model.watch import Watch
@@ -178,7 +179,9 @@ class HybridActor:
 
         Args:
             module: a model of a family in `families.FAMILIES`, with all parameters of one dtype and
-                on one device. It is not wrapped and keeps working.
+                on one device. It is not wrapped and keeps working. It may be a PEFT model with one
+                active LoRA adapter: A and B are shared as well, and where PEFT disables or merges
+                the adapter, the actor follows.
             tokenizer: a transformers tokenizer, or None if prompts are token ids.
             value_head: add a new value head, which outputs 0 at first.
         Raises:
@@ -186,6 +189,7 @@ class HybridActor:
                 later, when the weights are read: the model was cast, moved or otherwise
                 re-allocated, and no longer shares its weights with the actor.
         """
+        module = inner_model(module)
         decoder = share(module)
         head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
         actor = cls(decoder, tokenizer, value_head=head, cache=cache, strict=strict)

@@ -13,10 +13,12 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           (2024); grpo: Shao et al. (2024), with its 0.04; dr_grpo: Liu et al. (2025); dapo: Yu et
           al. (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025);
           gmpo: Zhao et al. (2025); dro: Richemond et al. (2024); reinforce_pp: Hu (2025); remax: Li
-          et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al.
-          (2025), as verl has it; distill: Agarwal et al. (2024), GKD, with lambda 1: every
-          completion is the student's own; sequence_ratio: the objective by which courses introduce
-          PPO for language models, without advantages: for study.
+          et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Tang et al.
+          (2025), Optimizing Language Models for Inference Time Objectives using Reinforcement
+          Learning, without verl's division by the group's standard deviation; distill: Agarwal et
+          al. (2024), GKD, with lambda 1: every completion is the student's own; sequence_ratio: the
+          objective by which courses introduce PPO for language models, without advantages: for
+          study.
 Updates   optimizer steps on one rollout are epochs x minibatches; with one step every ratio is
           exactly 1, and bounds on ratios have no effect. Defaults and their sources:
             ppo, ppo_penalty       4 epochs: Ziegler et al. (2019), Huang et al. (2024)

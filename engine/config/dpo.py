@@ -18,7 +18,7 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
     The reference is the initial weights.
 
     Let h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), where each
-    log-probability is the sum over the answer's tokens, not the mean. The losses are: sigmoid -log
+    log-probability is the sum over the answer's tokens. The losses are: sigmoid -log
     sigmoid(beta h), ipo (h - 1 / (2 beta))^2, hinge max(0, 1 - beta h); see preference/losses.py.
 
     Args:
@@ -26,10 +26,12 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
         data: a file or hf:ID (docs/guide.md) of preference pairs: {"prompt", "chosen", "rejected"}
             or implicit {"chosen", "rejected"} such as HH-RLHF. A tie (WebGPT) is a pair with label
             0.5; a "margin" field is the number that beta h should exceed (Amini et al., 2024).
-        loss: sigmoid; ipo (of sums, as Azar et al. define it; TRL divides by lengths); hinge (that
-            of RSO, or of SLiC with a reference); or robust (unbiased if the share of wrong labels
-            is known to be label_smoothing).
-        beta: strength of the KL that keeps the policy near the reference; with ipo, its tau.
+        loss: sigmoid; ipo (of sums, as Azar et al. define it); ipo_mean (the same of each answer's
+            mean log-probability per token, as TRL has it); hinge (that of RSO, or of SLiC with a
+            reference); or robust (unbiased if the share of wrong labels is known to be
+            label_smoothing).
+        beta: strength of the KL that keeps the policy near the reference; with ipo and ipo_mean,
+            its tau.
         label_smoothing: probability that a label is wrong: an assumed one with sigmoid (Mitchell,
             2023, cDPO), a known one with robust (Chowdhury et al., 2024).
         nll_coef: weight of the mean negative log-probability of the chosen answer's tokens, added
@@ -48,7 +50,7 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
     model: str
     data: str
     _: KW_ONLY
-    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "ipo_mean", "hinge", "robust"] = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
     nll_coef: float = 0.0

@@ -162,8 +162,9 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         overlong_buffer: number of tokens before max_new_tokens over which overlong_penalty rises
             from 0 to its full value; 0 is off.
         overlong_penalty: subtracted from the score of a completion that has max_new_tokens tokens.
-        refill_tries: dynamic sampling: how often, at most, groups whose scores are all equal are
-            replaced by groups of other prompts; 0 keeps them.
+        refill_tries: dynamic sampling: how often, at most, groups whose rewards are all equal are
+            replaced by groups of other prompts; 0 keeps them. Compared are the rewards alone,
+            before penalties for length or a missing end.
         max_logp_diff: stop the run if the mean absolute difference between the log-probabilities of
             sampler and trainer is above this.
         strict: make the trainer's log-probabilities bitwise equal to the sampler's, at the cost of

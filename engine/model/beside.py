@@ -37,7 +37,7 @@ from torch.nn.modules import module as torch_modules
 from fusedrl.engine.model.configuration import ModelConfig
 
 # whose forwards compute what a model computes
-_OWN = ("torch", "transformers", "accelerate", "trl", "fusedrl")
+_OWN = ("torch", "transformers", "accelerate", "trl", "peft", "fusedrl")
 _LOOKING_ON = ("transformers", "accelerate", "trl")  # whose forward hooks change no value
 _FREE = {
     "training",
@@ -57,6 +57,7 @@ _FREE = {
     "forward",
     "checkpoint_activations",
     "lora",
+    "followed",
 }  # are looked at elsewhere
 _NUMBERS = (bool, int, float, str, tuple, type(None), types.FunctionType, functools.partial)
 _GLOBAL_HOOKS = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
@@ -405,10 +406,15 @@ def plain(cls: type, config: Any) -> Any:
         return cls(fresh)
 
 
-def unlike(module: nn.Module, reference: nn.Module) -> list[str]:
+def unlike(
+    module: nn.Module,
+    reference: nn.Module,
+    seen: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> list[str]:
     """List the classes and numbers in which a model differs from transformers' model of its
-    configuration. Each entry gives both."""
-    theirs, ours = classes(reference), classes(module)
+    configuration. Each entry gives both. `seen` returns what was found by module names without
+    modules that are meant to be there."""
+    theirs, ours = classes(reference), seen(classes(module))
     names = [name for name in differences(theirs, ours) if name != "the model"]
     if not isinstance(module, type(reference)):
         names.insert(0, "")
@@ -416,7 +422,7 @@ def unlike(module: nn.Module, reference: nn.Module) -> list[str]:
         f"{name or 'the model'} is {_class(ours.get(name))}, expected {_class(theirs.get(name))}"
         for name in names
     ]
-    now = numbers(module)
+    now = seen(numbers(module))
     for name, expected in numbers(reference).items():
         for key, value in expected.items():
             got = now.get(name, {}).get(key, _NONE)

@@ -13,9 +13,10 @@ Rounding  the same as in the sampler's `decode_step`. Between bfloat16 weights, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -30,8 +31,8 @@ from fusedrl.engine.model.step import Adapter, DecoderWeights, activation_dtype,
 from fusedrl.engine.model.wide import activated, attend, embed, linear
 from fusedrl.kernels.rope import RopeTable
 
-_off: ContextVar[frozenset[int]] = ContextVar(
-    "decoders whose adapter is off in this thread", default=frozenset()
+_set: ContextVar[Mapping[int, bool]] = ContextVar(
+    "decoders whose adapter was set on or off in this thread", default=MappingProxyType({})
 )
 
 
@@ -201,6 +202,8 @@ class Decoder(nn.Module):
     bits.
 
     `lora`: settings of the decoder's adapter (`lora.add_adapter`), or None if there is no adapter.
+    `followed`: a function that says whether the adapter is on where no `with` block sets it,
+    because it belongs to another model as well; None: it is on.
     """
 
     head: Tensor | None
@@ -208,6 +211,7 @@ class Decoder(nn.Module):
     norm_bias: Tensor | None
     checkpoint_activations = False
     lora: LoRAConfig | None = None
+    followed: Callable[[], bool] | None = None
 
     def __init__(
         self,
@@ -367,7 +371,8 @@ class Decoder(nn.Module):
 
     @property
     def _adapted(self) -> bool:
-        return id(self) not in _off.get()
+        on = _set.get().get(id(self))
+        return on if on is not None else self.followed is None or self.followed()
 
     def set_adapter(self, lora: LoRAConfig) -> None:
         """Record the settings of adapters that were added to the layers."""
@@ -383,15 +388,16 @@ class Decoder(nn.Module):
     def adapter(self, *, enabled: bool) -> Iterator[None]:
         """Switch the adapter on or off within the block, for the thread that runs the block. A
         backward pass inside the block uses the setting of its forward pass."""
-        before = self._adapted
+        before = _set.get().get(id(self))
         self._switch(enabled)
         try:
             yield
         finally:
             self._switch(before)
 
-    def _switch(self, on: bool) -> None:
-        _off.set(_off.get() - {id(self)} if on else _off.get() | {id(self)})
+    def _switch(self, on: bool | None) -> None:
+        others = {key: value for key, value in _set.get().items() if key != id(self)}
+        _set.set(others if on is None else others | {id(self): on})
 
     def weights(self, adapted: bool | None = None) -> DecoderWeights:
         """Return the live parameters for `decode_step`: the same tensors, never copies. `adapted`:

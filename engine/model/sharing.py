@@ -6,7 +6,8 @@ model's own parameters at slices of it (the views of `weights.hf_views`). The mo
 before: its parameters are the same objects, also for its optimizer. Each parameter has its own
 torch storage over its part of that memory. Programs that save the model (safetensors, accelerate,
 torch.save) therefore see tensors that share no storage, and write them all. watch.py checks that
-the parameters stay in that memory.
+the parameters stay in that memory. A and B of PEFT's LoRA adapter are shared in the same way
+(peft_adapters.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from fusedrl.engine.model.beside import floating_buffers, plain, unlike
 from fusedrl.engine.model.configuration import ModelConfig, model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.weights import hf_views
+from fusedrl.engine.model.lora import add_adapter
+from fusedrl.engine.model.peft_adapters import PeftAdapter, peft_adapter, shared_views
 
 
 def shared_config(module: nn.Module) -> ModelConfig:
@@ -89,13 +91,13 @@ def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig
     return replace(config, **found)
 
 
-def _check_plain(module: nn.Module, decoder: Decoder) -> None:
+def _check_plain(module: nn.Module, decoder: Decoder, followed: PeftAdapter | None) -> None:
     """Raise ValueError, with a list of differences, unless a model has the decoder's parameters and
     computes like transformers' unmodified model."""
     import transformers
 
-    config, parameters = decoder.config, dict(module.named_parameters())
-    wanted = hf_views(decoder)
+    config, parameters = decoder.config, _parameters(module, followed)
+    wanted = shared_views(decoder)
     if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
         raise ValueError(
             f"from_module: {config.family.name} orders the rows of {reordered[0]} as no view of "
@@ -114,14 +116,9 @@ def _check_plain(module: nn.Module, decoder: Decoder) -> None:
         shown = "\n  ".join(problems[:20]) + (
             f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         )
-        adapted = (
-            " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's "
-            "own adapters, actor.add_adapter)"
-        )
         raise ValueError(
             f"from_module: the parameters are not those of a plain {config.family.name} language "
-            "model"
-            f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}"
+            f"model:\n  {shown}"
         )
     if problems := unlike(
         module,
@@ -129,6 +126,7 @@ def _check_plain(module: nn.Module, decoder: Decoder) -> None:
             getattr(transformers, config.family.language_model.format(config.family.name)),
             module.config,
         ),
+        dict if followed is None else followed.unwrapped,
     ):
         shown = "\n  ".join(problems[:20]) + (
             f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -141,9 +139,19 @@ def _check_plain(module: nn.Module, decoder: Decoder) -> None:
         )
 
 
+def _parameters(module: nn.Module, followed: PeftAdapter | None) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by name, without those of other adapters than the followed."""
+    return {
+        name: p
+        for name, p in module.named_parameters()
+        if followed is None or not followed.another(name)
+    }
+
+
 def share(module: nn.Module) -> Decoder:
     """Create a decoder for a transformers causal language model, on storage that both use from now
-    on.
+    on. If PEFT has put a LoRA adapter into the model, the decoder has it, too, on or off as PEFT
+    says.
 
     In addition to the model, this needs the memory of one layer (or of the embeddings, if they are
     larger).
@@ -152,16 +160,22 @@ def share(module: nn.Module) -> Decoder:
         TypeError: `module` is not a transformers model, or its parameters are sharded, or of
             several dtypes or on several devices.
         ValueError: the decoder does not support the model's family or a feature, or the model has
-            parameters that its family does not (an adapter, a head of another task); the message
-            lists them. The model is then unchanged.
+            parameters that its family does not (a head of another task), or an adapter that is not
+            plain LoRA; the message lists them. The model is then unchanged.
     """
     parsed = shared_config(module)
-    parameters = dict(module.named_parameters())
+    followed = peft_adapter(module, parsed)
+    parameters = _parameters(module, followed)
     kinds = {(p.dtype, p.device) for p in parameters.values()}
     if len(kinds) != 1:
+        remedy = (
+            "; PEFT makes adapters of a low-precision model float32: load the model in float32, or "
+            "get_peft_model(..., autocast_adapter_dtype=False)"
+        )
         raise TypeError(
             "from_module: expected parameters of one dtype on one device, got "
             f"{', '.join(sorted(f'{d} on {where}' for d, where in kinds))}"
+            f"{remedy if followed is not None else ''}"
         )
     ((dtype, device),) = kinds
     if device.type == "meta" or any(type(p.data) is not Tensor for p in parameters.values()):
@@ -171,11 +185,14 @@ def share(module: nn.Module) -> Decoder:
         )
     parsed = _with_its_frequencies(module, parsed)
     decoder = Decoder(parsed, dtype=dtype, device="meta")
-    _check_plain(module, decoder)
+    if followed is not None:
+        add_adapter(decoder, followed.lora)
+        decoder.followed = followed
+    _check_plain(module, decoder, followed)
     moved: set[str] = set()
     for part in (decoder, *decoder.layers):
         part.to_empty(device=device, recurse=part is not decoder)
-        for name, view in hf_views(decoder).items():
+        for name, view in shared_views(decoder).items():
             if view.device.type != "meta" and name not in moved:
                 view.copy_(parameters[name].detach())
                 # keeps the fused memory alive; the parameter's old memory goes

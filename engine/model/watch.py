@@ -52,8 +52,8 @@ from torch.optim.optimizer import (
 from fusedrl.engine.model.adapters import LayerAdapter, inputs, targets
 from fusedrl.engine.model.beside import Beside, classes, differences
 from fusedrl.engine.model.decoder import Decoder, Layer
+from fusedrl.engine.model.peft_adapters import PeftAdapter, shared_views
 from fusedrl.engine.model.sharing import shared_config
-from fusedrl.engine.model.weights import hf_views
 
 Depth = Literal["counts", "first rows", "all"]
 
@@ -308,7 +308,8 @@ class Watch:
             )
 
     def _check_module(self, module: nn.Module) -> None:
-        views = hf_views(self._decoder)
+        views = shared_views(self._decoder)
+        followed = cast("PeftAdapter | None", self._decoder.followed)
         found = dict(module.named_parameters(remove_duplicate=False))
         ours = {id(found.get(name)) for name in views}
         problems = [
@@ -318,9 +319,12 @@ class Watch:
             or type(found[name].data) is not Tensor
             or not _same_place(found[name], view)
         ]
-        problems += [name for name, p in found.items() if id(p) not in ours] + differences(
-            self._module_kinds, classes(module)
-        )
+        problems += [
+            name
+            for name, p in found.items()
+            if id(p) not in ours and (followed is None or not followed.another(name))
+        ]
+        problems += differences(self._module_kinds, classes(module))
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise RuntimeError(

@@ -563,7 +563,13 @@ def _gpg(x: Signals) -> Tensor:
 @_built_in("pass_at_k")
 def _pass_at_k(x: Signals) -> Tensor:
     """Give the best completion of a group its lead over the second best, and the other completions
-    0. If two completions tie for the best, all get 0."""
+    0. If two completions tie for the best, all get 0.
+
+    This is the leave-one-out advantage of the best of G (Tang et al., 2025, Optimizing Language
+    Models for Inference Time Objectives using Reinforcement Learning). verl's function of this
+    method divides it by the group's standard deviation unless norm_adv_by_std_in_grpo is off; here
+    nothing is divided, since the expected gradient is then that of E[best of G], times 1 / G.
+    """
     order = torch.sort(x.totals, descending=True, stable=True).indices
     order = order[torch.sort(x.group_ids[order], stable=True).indices]
     ids, totals = x.group_ids[order], x.totals[order]

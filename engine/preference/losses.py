@@ -5,7 +5,8 @@ take log-probabilities; none of them needs a model.
     u = beta h - margin; for the pair with its answers swapped, -beta h - margin
     loss = q term(u) + (1 - q) term(-beta h - margin)
 
-    w, l: the chosen and the rejected answer; log-probabilities are sums over their tokens
+    w, l: the chosen and the rejected answer; log-probabilities are sums over their tokens, and by
+       means those sums divided by the answer's number of tokens, each of w and of l
     q: the weight that the label gives to w being the better answer
 
     name      term(u)                  q of label p, smoothing e   minimum of one pair, no margin
@@ -14,6 +15,7 @@ take log-probabilities; none of them needs a model.
                                                                    expectation over flips
                                                                    of probability e
     ipo       ((u - 1/2) / beta)^2     p                           h = (2 p - 1) / (2 beta)
+    ipo_mean  as ipo, of h by means    p                           as ipo, of h by means
     hinge     max(0, 1 - u)            p                           p = 1: any beta h >= 1
 
 Suppose labels p = sigmoid(r_w - r_l) for all pairs, with equal weights. Then the minimum of sigmoid
@@ -22,7 +24,7 @@ ipo is ref exp(mean_l p(w, l) / beta) / Z. A tie, p = 1/2, draws h to 0 (hinge: 
 
 Sources   sigmoid: Rafailov et al. (2023), eq. 7; smoothed: Mitchell (2023), "A note on DPO with
           noisy preferences"; robust: Chowdhury et al. (2024); ipo: Azar et al. (2023), eq. 17, with
-          sums over tokens (TRL divides h by lengths, which is another loss); hinge: RSO (Liu et
+          sums over tokens; ipo_mean: TRL's ipo, which divides by lengths; hinge: RSO (Liu et
           al., 2023), after SLiC (Zhao et al., 2023), which has no reference; margins: ODPO (Amini
           et al., 2024); the likelihood term, a mean over an answer's tokens: Pang et al. (2024).
 """
@@ -40,10 +42,12 @@ from fusedrl.engine.base.packing import PackedBatch
 
 
 class PreferenceLoss(NamedTuple):
-    """Loss from the table above: its functions term(u, beta) and q(p, smoothing)."""
+    """Loss from the table above: its functions term(u, beta) and q(p, smoothing), and whether it
+    is of `PairScores.mean_h` instead of `PairScores.h`."""
 
     term: Callable[[Tensor, float], Tensor]
     label: Callable[[Tensor, float], Tensor]
+    by_means: bool = False
 
 
 def _log_sigmoid(u: Tensor, beta: float) -> Tensor:
@@ -66,6 +70,7 @@ PREFERENCE_LOSSES = {
     "sigmoid": PreferenceLoss(_log_sigmoid, lambda p, e: p * (1 - e) + (1 - p) * e),
     "robust": PreferenceLoss(_log_sigmoid, lambda p, e: (p - e) / (1 - 2 * e)),
     "ipo": PreferenceLoss(_square, _as_it_is),
+    "ipo_mean": PreferenceLoss(_square, _as_it_is, by_means=True),
     "hinge": PreferenceLoss(_hinge, _as_it_is),
 }
 
@@ -83,7 +88,8 @@ def preference_loss(
     this file.
 
     Args:
-        h_P: log-ratio of the chosen answer minus that of the rejected answer, in nats.
+        h_P: log-ratio of the chosen answer minus that of the rejected answer, in nats (of
+            ipo_mean: of each answer's mean per token).
         label_P: the probability that the chosen answer is the better one.
         margin_P: the margin that beta h should exceed; if None, 0.
     """
@@ -108,6 +114,12 @@ class PairScores(NamedTuple):
     def h(self) -> Tensor:
         """Log-ratio [P] of the chosen answer minus that of the rejected answer."""
         return self.chosen_ratio - self.rejected_ratio
+
+    @property
+    def mean_h(self) -> Tensor:
+        """Mean log-ratio per token [P] of the chosen answer minus that of the rejected answer."""
+        chosen, rejected = self.chosen_tokens, self.rejected_tokens
+        return self.chosen_ratio / chosen - self.rejected_ratio / rejected
 
 
 def pair_scores(batch: PackedBatch, logp_N: Tensor) -> PairScores:
@@ -143,8 +155,9 @@ def pair_loss(
 ) -> Tensor:
     """Return the losses [P]: `preference_loss` plus nll_coef times the better answer's mean
     negative log-probability per token. A soft label averages that term over both answers."""
+    h_P = scores.mean_h if PREFERENCE_LOSSES[name].by_means else scores.h
     loss_P = preference_loss(
-        name, scores.h, label_P, margin_P, beta=beta, label_smoothing=label_smoothing
+        name, h_P, label_P, margin_P, beta=beta, label_smoothing=label_smoothing
     )
     if not nll_coef:
         return loss_P

@@ -4,6 +4,8 @@
                     last "answer is" or "answer:", else the whole text; text up to the last </think>
                     is never looked at
     number          18, 1,200, $5, .5, -3, 1.5e3, 1/2, \\frac{1}{2}, 3\\frac{1}{2}, 50%
+    unit            words in \\text or \\mathrm behind a number are left out: 18 \\text{ apples} is
+                    18, but 5 \\text{ million} is not 5
     the same        numbers of one exact value (1/2 = 0.5, and 0.33 is not 1/3); tuples and lists of
                     the same answers; else texts that differ in spaces, case, $, \\left, \\right and
                     \\text alone. 50% is the same as 0.5, and as 50: a question that says "what
@@ -37,6 +39,11 @@ _MARK = re.compile(r"####[ \t]*(.+)")
 _SAID = re.compile(r"\banswer(?:\s+is\s*:?|\s*[:=])[ \t]*(.+)", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_UNIT = re.compile(
+    r"(?<=[\d})])(?:\s|\\[,;: ])*\\(?:text|mathrm|mbox)\s*"
+    r"\{(?!\s*(?:hundred|thousand|million|billion|trillion|dozen|percent))[^{}\d]*\}"
+    r"(?:\^\{?\d\}?)?(?=[\s$.]*$)"
+)
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*([-\d.]+)\s*\}\s*\{\s*([-\d.]+)\s*\}|(\d)\s*(\d))")
 _MIXED = re.compile(r"(?<![\w.])(\d+)\s*\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))")
 _NAMED = re.compile(r"[A-Za-z]\w{0,2}\s*(?:=|\\in)\s*(?=[^=])")  # x = 5
@@ -97,7 +104,8 @@ def same_answer(ours: str, theirs: str) -> bool:
 def plain(text: str) -> str:
     """Return an answer without the LaTeX that does not change it, with fractions of numbers written
     a/b."""
-    text = _WRAPPED.sub(lambda found: f" {found[1].strip()} ", _DROPPED.sub(" ", text))
+    text = _DROPPED.sub(" ", _UNIT.sub("", text))
+    text = _WRAPPED.sub(lambda found: f" {found[1].strip()} ", text)
     text = _MIXED.sub(_improper, text)
     text = _FRACTION.sub(lambda found: f"{found[1] or found[3]}/{found[2] or found[4]}", text)
     text = text.replace("\\%", "%").replace("\\$", "$").replace("{,}", ",").replace("**", "")

@@ -4,8 +4,9 @@
             - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer))
                                       / overlong_buffer)      (Yu et al., 2025, DAPO, eq. 13)
 
-Dynamic sampling (same source, 3.2): a group whose scores are all the same has no advantage; it is
-dropped, and another prompt takes its place.
+Dynamic sampling (same source, 3.2): a group whose rewards are all the same teaches nothing about
+the task; it is dropped, and another prompt takes its place. The rewards are compared before
+penalties for length and for a missing end: lengths alone do not make a group worth keeping.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -125,7 +126,9 @@ class Sample:
 
     Attributes:
         rewards: values by reward name; None if a reward does not apply.
-        score: weighted sum of the rewards, minus penalties; NaN if a reward is invalid.
+        reward: weighted sum of the rewards; NaN if a reward is invalid.
+        score: the reward minus penalties.
+        greedy_reward, greedy_score: the same of the greedy completion of the prompt; 0 without one.
         tokens: part of the weighted sum that accrued at each token; None if no reward is per token.
     """
 
@@ -133,7 +136,9 @@ class Sample:
     completion: Completion
     group: int
     rewards: dict[str, float | None]
+    reward: float
     score: float
+    greedy_reward: float
     greedy_score: float
     tokens: list[float] | None
 
@@ -155,10 +160,11 @@ def rollout(
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
     Samples with an invalid reward (raised, NaN, of the wrong type) are left out of the batch, so
-    groups may differ in size. With `refill_tries`, groups whose scores are all equal are left out,
-    too. As many other prompts are drawn in their place, at most `refill_tries` times. If all groups
-    are of this kind, the first ones stay. Metrics cover all valid samples, including those left
-    out: the samples in the batch alone would misrepresent the policy.
+    groups may differ in size. With `refill_tries`, groups whose rewards are all equal before
+    penalties are left out, too. As many other prompts are drawn in their place, at most
+    `refill_tries` times. If all groups are of this kind, the first ones stay. Metrics cover all
+    valid samples, including those left out: the samples in the batch alone would misrepresent the
+    policy.
 
     Args:
         draw: returns the given number of prompts, and the request id of the first. Ids count on
@@ -181,7 +187,7 @@ def rollout(
         samples += found
         _check_valid(samples, invalid, config)
         flat = (
-            _flat((sample for sample in found if sample.valid), greedy)
+            _flat((sample for sample in found if sample.valid), greedy, of="reward")
             if config.refill_tries
             else set()
         )
@@ -239,7 +245,7 @@ def _generate(
     ]
     actor.activity.begin(f"rewarding {len(flat)} completions")
     scored = _score(rewards, flat)
-    best = [0.0] * len(prompts)
+    best = [(0.0, 0.0)] * len(prompts)
     if greedy:
         single = actor.generate(
             [p.ids for p in prompts],
@@ -250,7 +256,7 @@ def _generate(
             (prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)
         ]
         best = [
-            _placed(total, completion, config)
+            (total, _placed(total, completion, config))
             for total, (_, completion) in zip(_score(rewards, pairs).total, pairs, strict=True)
         ]
     groups = [number for number, group in enumerate(outs) for _ in group]
@@ -260,8 +266,9 @@ def _generate(
             completion,
             request_ids[group],
             {name: values[i] for name, values in scored.per_reward.items()},
+            scored.total[i],
             _placed(scored.total[i], completion, config),
-            best[group],
+            *best[group],
             scored.tokens[i],
         )
         for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))
@@ -315,15 +322,18 @@ def _placed(total: float, completion: Completion, config: RolloutConfig) -> floa
     return score
 
 
-def _flat(samples: Iterable[Sample], greedy: bool) -> set[int]:
-    """Return the groups whose scores are all the same. With `greedy`, the score of the greedy
-    completion counts as well."""
-    scores: dict[int, set[float]] = {}
+def _flat(
+    samples: Iterable[Sample], greedy: bool, of: Literal["reward", "score"] = "score"
+) -> set[int]:
+    """Return the groups whose scores, or rewards before penalties, are all the same. With `greedy`,
+    that of the greedy completion counts as well."""
+    found: dict[int, set[float]] = {}
     for sample in samples:
-        scores.setdefault(sample.group, {sample.greedy_score} if greedy else set()).add(
-            sample.score
-        )
-    return {group for group, values in scores.items() if len(values) == 1}
+        group = found.setdefault(sample.group, set())
+        group.add(getattr(sample, of))
+        if greedy:
+            group.add(getattr(sample, f"greedy_{of}"))
+    return {group for group, values in found.items() if len(values) == 1}
 
 
 def _describe(samples: Sequence[Sample], config: RolloutConfig, greedy: bool) -> dict[str, float]:
@@ -334,7 +344,7 @@ def _describe(samples: Sequence[Sample], config: RolloutConfig, greedy: bool) ->
     )
     metrics = {
         "reward": scores.mean().item(),
-        "reward_std": scores.std(correction=0).item(),
+        "reward_std": scores.std().item() if len(scores) > 1 else 0.0,
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),

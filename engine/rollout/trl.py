@@ -19,7 +19,7 @@ from torch import nn
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.weights import hf_views
+from fusedrl.engine.model.peft_adapters import inner_model, shared_views
 
 # bits of a request id: groups of a step and process, and processes; the step has the 30 above
 _GROUPS, _RANKS = 20, 12
@@ -47,8 +47,8 @@ def rollout_func(
             (max_completion_length, temperature, top_p, top_k, min_p, seed).
     Raises:
         TypeError, ValueError: at the first rollout, a model that is sharded (FSDP, ZeRO-3) or that
-            `HybridActor.from_module` does not accept (with PEFT's adapter), or trainer arguments
-            that this function does not support.
+            `HybridActor.from_module` does not accept, or trainer arguments that this function does
+            not support.
         RuntimeError: at a rollout, an actor whose weights are not those that the trainer trains.
     """
     return Rollouts(actor, params)
@@ -147,12 +147,12 @@ def _refuse_shards(model: nn.Module) -> None:
 
 
 def _lies_in(model: nn.Module, decoder: Decoder) -> bool:
-    found = dict(model.named_parameters())
+    found = dict(inner_model(model).named_parameters())
     return all(
         name in found
         and (found[name].data_ptr(), found[name].device, found[name].dtype)
         == (view.data_ptr(), view.device, view.dtype)
-        for name, view in hf_views(decoder).items()
+        for name, view in shared_views(decoder).items()
     )
 
 

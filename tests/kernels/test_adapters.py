@@ -1,5 +1,7 @@
 """The adapters against the definitions of the libraries whose names they bear, stated again here,
-eagerly and in float64."""
+eagerly and in float64.
+
+One file: what Liger's losses share, their problem and their definition, is most of it."""
 
 import inspect
 
@@ -13,7 +15,7 @@ from fusedrl.kernels.adapters import (
     selective_log_softmax,
 )
 
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "sapo"]
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "sapo", "cispo"]
 
 
 def rand(device, *shape, seed=0, dtype=torch.float32):
@@ -121,6 +123,7 @@ def restated(
     longest=None,
     temperature=0.8,
     items=None,
+    corrected=False,
 ):
     """(loss, metrics, gradients): a sequence at a time, its unmasked tokens only."""
     leaves = [p[name].double().requires_grad_() for name in ("_input", "lin_weight", "bias")]
@@ -145,6 +148,9 @@ def restated(
         if loss_type == "sapo":
             t = tau[0] if A > 0 else tau[1]
             term = -A * 4 / t / (1 + (-t * (ratio - 1)).exp())
+        elif loss_type == "cispo":
+            term = -ratio.detach().clamp(max=high) * A * logp
+            clipped += int((ratio > high).sum()) * bool(A > 0)
         else:
             bounded = ratio.clamp(1 - low, 1 + high)
             term = -torch.minimum(
@@ -155,7 +161,7 @@ def restated(
             term = term * p["vllm_is_ratio"].double().reshape(B, -1).expand(B, len(live))[b][live]
         if beta and p.get("ref_per_token_logps") is not None:
             gap = p["ref_per_token_logps"][b][live].double() - logp
-            kl = gap.exp() - gap - 1
+            kl = (gap.exp() - gap - 1) * (ratio if corrected else 1)
             kl_sum, term = kl_sum + kl.sum().item(), term + beta * kl
         total = (
             total
@@ -165,6 +171,7 @@ def restated(
                 "bnpo": term.sum() / tokens,
                 "dr_grpo": term.sum() / (B * (longest or 1)),
                 "dapo": term.sum() / (tokens if items is None else items),
+                "cispo": term.sum() / (tokens if items is None else items),
             }[loss_type]
         )
     metrics = ([kl_sum / tokens] if beta else []) + [clipped / tokens]
@@ -198,7 +205,7 @@ def same(got, want, **tolerance):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_grpo(loss_type, level, beta, on_policy, device):
-    if (loss_type, level) == ("sapo", "sequence"):
+    if loss_type in ("sapo", "cispo") and level == "sequence":
         pytest.skip("refused, there and here")
     p, longest = problem(device), 9 if loss_type == "dr_grpo" else None
     if on_policy:
@@ -210,10 +217,10 @@ def test_grpo(loss_type, level, beta, on_policy, device):
         importance_sampling_level=level,
         max_completion_length=longest,
         epsilon_low=0.1,
-        epsilon_high=0.15,
+        epsilon_high=(high := 1.1 if loss_type == "cispo" else 0.15),
     )
     want = restated(
-        device, p, beta=beta, loss_type=loss_type, level=level, longest=longest, low=0.1, high=0.15
+        device, p, beta=beta, loss_type=loss_type, level=level, longest=longest, low=0.1, high=high
     )
     same(got, want)
     assert got[1].shape == ((2,) if beta else (1,))
@@ -249,6 +256,45 @@ def test_grpo_counts_every_sequence(device):
         name: t if name in ("lin_weight", "bias") else t[[0, 2, 3, 4, 5]] for name, t in p.items()
     }
     close(ours(p, loss_type="grpo")[0] * 6, ours(without, loss_type="grpo")[0] * 5)
+
+
+@pytest.mark.parametrize(
+    "loss_type, level, delta",
+    [
+        ("grpo", "token", None),
+        ("dapo", "sequence", 1.2),
+        ("bnpo", "sequence", None),
+        ("dr_grpo", "token", 1.05),
+        ("sapo", "token", None),
+        ("cispo", "token", None),
+    ],
+)
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_grpo_of_log_probabilities(loss_type, level, delta, corrected, on_policy, device):
+    """Delta of sequences and below 1 + epsilon_high, and a KL that the ratio corrects; with and
+    without the sampler's ratios."""
+    p = problem(device)
+    if on_policy:
+        p["old_per_token_logps"] = None
+    options = {"beta": 0.1, "loss_type": loss_type, "delta": delta}
+    for ratio in (None, 0.5 + rand(device, 6, 7, seed=11).abs()):
+        p["vllm_is_ratio"] = ratio
+        got = ours(
+            p,
+            **options,
+            importance_sampling_level=level,
+            use_bias_correction_kl=corrected,
+            max_completion_length=9,
+            epsilon_high=0.3,
+        )
+        want = restated(device, p, **options, level=level, corrected=corrected, longest=9, high=0.3)
+        same(got, want)
+    if not on_policy:
+        other = restated(
+            device, p, **options, level=level, corrected=not corrected, longest=9, high=0.3
+        )
+        assert abs(other[0] - got[0]) > 1e-5
 
 
 def test_grpo_two_sided_clip(device):
@@ -348,25 +394,18 @@ def test_grpo_nothing_unmasked(device):
 def test_grpo_refuses_what_it_cannot_express(device):
     for options, message in (
         (
-            {"loss_type": "cispo"},
-            "expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, got 'cispo'",
+            {"loss_type": "luspo"},
+            "expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, cispo, got 'luspo'",
         ),
-        ({"loss_type": "luspo"}, "got 'luspo'"),
         ({"loss_type": "vespo"}, "got 'vespo'"),
         ({"importance_sampling_level": "word"}, "expected importance_sampling_level to be token"),
         (
             {"importance_sampling_level": "sequence", "loss_type": "sapo"},
-            "a loss_type other than sapo",
+            "a loss_type other than sapo and cispo",
         ),
         (
             {"loss_type": "dr_grpo"},
             "expected max_completion_length >= 1 with loss_type dr_grpo, got None",
-        ),
-        ({"use_bias_correction_kl": True}, "expected use_bias_correction_kl=False"),
-        ({"delta": 1.1}, "expected delta >= 1 \\+ epsilon_high"),
-        (
-            {"delta": 2.0, "importance_sampling_level": "sequence"},
-            "with importance_sampling_level token",
         ),
         ({"epsilon_low": -0.1}, "clip_low"),
         ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "tau_negative"),
@@ -488,6 +527,28 @@ def test_trl_refusals(device):
         selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3) + 9)
 
 
+def test_results_in_the_dtype_of_the_inputs(device):
+    logits, index = rand(device, 3, 9, dtype=torch.bfloat16), randint(device, 9, 3)
+    hidden, weight = (rand(device, n, 16, dtype=torch.bfloat16) for n in (3, 9))
+    for plain, rounded in (
+        (
+            selective_log_softmax(logits, index),
+            selective_log_softmax(logits, index, like_inputs=True),
+        ),
+        (
+            selective_log_softmax(logits, index[:, None]),
+            selective_log_softmax(logits, index[:, None], like_inputs=True),
+        ),
+        (entropy_from_logits(logits), entropy_from_logits(logits, like_inputs=True)),
+        (
+            FusedLinearForPPO()(hidden, weight, index)[0],
+            FusedLinearForPPO(like_inputs=True)(hidden, weight, index)[0],
+        ),
+    ):
+        assert (plain.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(plain.to(torch.bfloat16), rounded)
+
+
 # ---- all -----------------------------------------------------------------------------------------
 def test_signatures():
     """As of verl 0.9, liger-kernel 0.8 and trl 1.16."""
@@ -502,7 +563,7 @@ def test_signatures():
             entropy_from_logits,
         )
     } == {
-        "FusedLinearForPPO.__init__": ["chunk_size", "impl_backend"],
+        "FusedLinearForPPO.__init__": ["chunk_size", "impl_backend", "like_inputs"],
         "FusedLinearForPPO.forward": ["hidden_states", "vocab_weights", "input_ids", "temperature"],
         "LigerFusedLinearGRPOLoss.__init__": [
             "beta",
@@ -539,8 +600,8 @@ def test_signatures():
             "vllm_is_ratio",
             "num_items_in_batch",
         ],
-        "selective_log_softmax": ["logits", "index", "temperature", "row_mask"],
-        "entropy_from_logits": ["logits", "chunk_size"],
+        "selective_log_softmax": ["logits", "index", "temperature", "row_mask", "like_inputs"],
+        "entropy_from_logits": ["logits", "chunk_size", "like_inputs"],
     }
 
 

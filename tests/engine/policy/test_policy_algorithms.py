@@ -409,6 +409,17 @@ def test_dynamic_sampling(make, device):
     ) == (8, 4, 1.0, 0.0)
 
 
+def test_penalties_do_not_keep_a_group(make):
+    """DAPO drops a prompt by its rewards. Penalties for length make the scores of such a group
+    differ, and it is dropped all the same."""
+    penalties = {"overlong_buffer": 4, "overlong_penalty": 2.0, "missing_eos_penalty": 1.0}
+    train_policy(config := make("dapo", reward="never", steps=1, refill_tries=1, **penalties))
+    row = _metrics(config)[0]
+    assert row["frac_reward_zero_std"] < 1.0, "no group of different scores: nothing is tested"
+    assert row["reward_std"] > 0.0
+    assert (row["refill/generated_groups"], row["refill/kept_groups"]) == (8, 4)
+
+
 def test_overlong_completions_cost(make):
     config = make("grpo", reward="never", steps=1, overlong_buffer=4, overlong_penalty=2.0)
     experience = []

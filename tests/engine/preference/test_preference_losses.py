@@ -36,7 +36,7 @@ def by_hand(name, h, p, margin, beta, e):
             return (-(1 - e) * log_sigmoid(x) + e * log_sigmoid(y)) / (1 - 2 * e)
 
         return p * one(plus, minus) + (1 - p) * one(minus, plus)
-    if name == "ipo":
+    if name in ("ipo", "ipo_mean"):
         return (
             p * (h - margin / beta - 1 / (2 * beta)) ** 2
             + (1 - p) * (-h - margin / beta - 1 / (2 * beta)) ** 2
@@ -77,7 +77,9 @@ def test_slopes(name, device):
     assert torch.autograd.gradcheck(
         lambda x: preference_loss(name, x, p, margin, beta=0.3, label_smoothing=0.1), (h,)
     )
-    if name != "ipo":  # a larger h is better for the chosen side, however large; ipo has a best h
+    if not name.startswith(
+        "ipo"
+    ):  # a larger h is better for the chosen side, however large; ipo has a best h
         one = torch.tensor(
             [-50.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True, device=device
         )
@@ -192,6 +194,20 @@ def test_the_likelihood_term_is_of_the_better_answer_by_its_tokens(label, device
     assert (more - plain).item() == pytest.approx(
         2.0 * (label * 1.0 + (1 - label) * 3.0), rel=1e-12
     )
+
+
+def test_ipo_by_means_is_of_each_answers_mean(device):
+    """TRL's formula: (mean log-ratio of w - that of l - 1 / (2 beta))^2, by hand. Answers of equal
+    lengths n have the h of sums, divided by n."""
+    batch = batch_of(device, [2, 4], [-1.0] * 6)
+    logp = torch.full((batch.num_tokens,), math.nan, device=device)
+    logp[batch.action_mask] = torch.tensor([-0.5, -1.5, -2.0, -2.0, -2.0, -6.0], device=device)
+    scores, p = pair_scores(batch, logp), torch.ones(1, dtype=torch.float64, device=device)
+    mean_h = (-2.0 + 2.0) / 2 - (-12.0 + 4.0) / 4
+    assert scores.mean_h.item() == mean_h
+    assert scores.h.item() == 8.0
+    assert pair_loss("ipo_mean", scores, p, beta=0.1).item() == pytest.approx((mean_h - 5.0) ** 2)
+    assert pair_loss("ipo", scores, p, beta=0.1).item() == pytest.approx((8.0 - 5.0) ** 2)
 
 
 def test_equal_policies_are_exactly_at_zero(device):

@@ -71,6 +71,9 @@ def test_where_an_answer_stands(text, answer):
         ("5.", "5"),
         ("$x+1$", "x + 1"),
         ("**7**", "7"),
+        (r"18 \text{ apples}", "18"),
+        (r"\frac{1}{2}\,\text{cm}", "0.5"),
+        (r"$18\text{ cm}^{2}$.", r"18\mathrm{\ cm}"),
     ],
 )
 def test_answers_that_are_the_same(ours, theirs):
@@ -91,6 +94,9 @@ def test_answers_that_are_the_same(ours, theirs):
         ("10-4", "6"),
         ("5 or 6", "5"),
         ("5 million", "5"),
+        (r"5 \text{ million}", "5"),
+        (r"5 \text{ or } 6", "5"),
+        (r"\text{east}", r"\text{west}"),
         ("50%", "5"),
         ("1/0", "0"),
         ("", "0"),
@@ -141,6 +147,22 @@ def test_math_verify_knows_algebra():
     found = scored("math_verify", said, gold=["2x+2", "2x+2", r"\frac{1}{2}", "1", None])
     assert found.per_reward["math_verify"] == [1.0, 0.0, 1.0, 0.0, None]
     assert scored("exact_match", said[:1], gold=["2x+2"]).total == [0.0]
+
+
+def test_exact_match_agrees_with_math_verify_on_gsm8k(shared):
+    """Real right answers as models write them, and the answers of other questions."""
+    pytest.importorskip("math_verify")
+    path = shared / "data/gsm8k/test.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()[::20]
+    gold = [json.loads(line)["answer"].rpartition("####")[2].strip() for line in lines]
+    thirds = [rf"\boxed{{\frac{{{3 * int(one.replace(',', ''))}}}{{3}}}}" for one in gold]
+    forms = [rf"So $\boxed{{{one}}}$." for one in gold] + thirds
+    forms += [rf"\boxed{{{one} \text{{ apples}}}}" for one in gold] + [*gold[1:], gold[0]]
+    same = [1.0] * (3 * len(gold)) + [
+        float(a == b) for a, b in zip(gold, [*gold[1:], gold[0]], strict=True)
+    ]
+    for name in ("exact_match", "math_verify"):
+        assert scored(name, forms, gold=gold * 4).total == same, name
 
 
 def test_math_verify_without_the_package(monkeypatch):

@@ -279,12 +279,12 @@ def test_a_sharded_model_is_refused_with_the_remedy(tiny_model, tmp_path):
         call(PROMPTS, trainer)
 
 
-def grpo_arguments(directory, **options):
+def grpo_arguments(directory, beta=0.0, **options):
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=str(directory),
-        beta=0.0,
+        beta=beta,
         use_cpu=True,
         report_to=[],
         save_strategy="no",
@@ -359,6 +359,63 @@ def test_grpo_trainer(tiny_model, tmp_path, device):
         [[1, 4]], actor.generate([[1, 4]], SamplingParams(max_new_tokens=4)), device=device
     )
     assert actor.score(batch).logp.shape == (batch.num_tokens,)
+
+
+@pytest.mark.parametrize("given", ["peft_config", "a PEFT model"])
+def test_grpo_trainer_samples_from_the_adapter_that_it_trains(given, tiny_model, tmp_path, device):
+    """With peft_config the reference is the model with its adapter disabled; a PEFT model gets a
+    second adapter for it, "ref"."""
+    pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).to(device)
+    settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generate, gaps, versions = rollout_func(), [], []
+
+    def checked(prompts, trainer):
+        out = generate(prompts, trainer)
+        versions.append(generate.actor.weights_version)
+        with torch.no_grad():
+            for row in zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True):
+                expected = their_logps(trainer.model, *row[:2])
+                gaps.append(float((expected.cpu() - torch.tensor(row[2])).abs().max()))
+        return out
+
+    trainer = GRPOTrainer(
+        model=model if given == "peft_config" else peft.get_peft_model(model, settings),
+        peft_config=settings if given == "peft_config" else None,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        reward_funcs=lambda completions, **_: [float(text.count("w5")) for text in completions],
+        args=grpo_arguments(
+            tmp_path,
+            beta=0.01,
+            per_device_train_batch_size=16,
+            num_generations=8,
+            max_steps=4,
+            max_completion_length=8,
+            learning_rate=5e-2,
+            bf16=False,
+            logging_steps=1,
+        ),
+        rollout_func=checked,
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(8)]}),
+    )
+    trainer.train()
+    assert ("ref" in trainer.model.peft_config) is (given != "peft_config")
+    assert max(gaps) < 1e-4
+    assert versions == list(range(4)), "one version a step, noticed without being told"
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert abs(kl[0]) < 1e-6 < kl[-1], "the adapter moved away from the base"
+    now = dict(trainer.model.get_base_model().named_parameters())
+    assert all(
+        torch.equal(value, now.get(name, now.get(name.replace(".weight", ".base_layer.weight"))))
+        for name, value in base.items()
+    )
+    a = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert a.data_ptr() == generate.actor.decoder.layers[0].lora.qkv_a.data_ptr()
 
 
 def test_a_trainer_under_autocast_is_told_once_with_the_remedy(tiny_model, tmp_path):

@@ -134,7 +134,7 @@ def test_a_logger_gets_every_row_and_the_run_is_the_same(policy, recorder, tmp_p
     for step, columns in one.columns:
         row = rows[step]
         assert columns["completions/length"].mean() == pytest.approx(row["completions/mean_length"])
-        assert columns["reward"].std() == pytest.approx(row["reward_std"], rel=1e-5)
+        assert columns["reward"].std(ddof=1) == pytest.approx(row["reward_std"], rel=1e-5)
         assert len(columns["val/ratio"]) == columns["completions/length"].sum()
     alone = policy("alone", "", evaluation=held)
     train_policy(alone)

@@ -111,7 +111,7 @@ def test_an_adapter_learns_against_the_model_without_it(config):
     assert rows[-1]["eval_rewards/accuracies"] == 1.0
 
 
-@pytest.mark.parametrize("loss", ["ipo", "hinge", "robust"])
+@pytest.mark.parametrize("loss", ["ipo", "ipo_mean", "hinge", "robust"])
 def test_the_other_losses_train_too(config, loss):
     train_dpo(
         replace(
@@ -125,7 +125,7 @@ def test_the_other_losses_train_too(config, loss):
     rows = _metrics(config)
     assert rows[-1]["eval_rewards/accuracies"] >= 0.75
     assert rows[-1]["loss"] < rows[0]["loss"]
-    if loss == "ipo":  # (0 - 1 / (2 beta))^2
+    if loss.startswith("ipo"):  # (0 - 1 / (2 beta))^2
         assert rows[0]["loss"] == pytest.approx(25.0, rel=1e-12)
 
 
@@ -152,12 +152,15 @@ def test_losses_are_those_of_transformers_in_float64(config, device):
         for path in (trained, start)
     )
     rows = PAIRS[:7]
-    (w, nw), (l, _), (rw, _), (rl, _) = (
+    (w, nw), (l, nl), (rw, _), (rl, _) = (
         zip(*(_sums(device, model, tokenizer, row, side) for row in rows), strict=True)
         for model in (ours, theirs)
         for side in ("chosen", "rejected")
     )
     h = [a - b - (c - d) for a, b, c, d in zip(w, rw, l, rl, strict=True)]
+    means = [
+        (a - b) / n - (c - d) / m for a, b, n, c, d, m in zip(w, rw, nw, l, rl, nl, strict=True)
+    ]
     likelihood = sum(-a / n for a, n in zip(w, nw, strict=True)) / len(rows)
     actor, reference = (
         HybridActor.from_pretrained(path, dtype="float32", device=device)
@@ -182,6 +185,8 @@ def test_losses_are_those_of_transformers_in_float64(config, device):
         assert found["eval_loss"] == pytest.approx(sum(map(expected, h)) / len(h), rel=1e-4)
         assert found["eval_rewards/margins"] == pytest.approx(0.1 * sum(h) / len(h), rel=1e-4)
         assert found["eval_rewards/accuracies"] == sum(d > 0 for d in h) / len(h)
+    found = evaluate(actor, Frozen(reference), pairs, replace(config, loss="ipo_mean"))
+    assert found["eval_loss"] == pytest.approx(sum((d - 5) ** 2 for d in means) / 7, rel=1e-4)
 
 
 def test_the_micro_batch_split_does_not_change_the_gradient(config):
