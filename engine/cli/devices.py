@@ -111,7 +111,9 @@ def resume_command(argv: Sequence[str]) -> str:
 
 
 def _resumes(word: str) -> bool:
-    return word.partition("=")[0] == "--run.resume"
+    """Whether a word is an option that holds for one start alone."""
+    name = word.partition("=")[0].replace("-", "_")
+    return name in ("__run.resume", "__run.restart", "__run.accept_changes")
 
 
 def start(
