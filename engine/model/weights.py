@@ -315,8 +315,14 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """Return `model_config` of a directory, without the entries that name code to run."""
+    """Return `model_config` of a directory, without the entries that name code to run.
+
+    Raises:
+        ValueError: it describes a larger model than the directory's weights can be, so that memory
+            would be taken for nothing.
+    """
     config = model_config(directory)
+    _check_weights_suffice(directory, config)
     clean, clean_generation = _stripped(config.raw), _stripped(config.raw_generation)
     for name, raw in (
         ("config.json", config.raw),
@@ -326,13 +332,24 @@ def load_config(directory: Path) -> ModelConfig:
     return replace(config, raw=clean, raw_generation=clean_generation)
 
 
+def _check_weights_suffice(directory: Path, config: ModelConfig) -> None:
+    there = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if there and (least := config.least_parameters) > there:  # of a byte each, at least
+        raise ValueError(
+            f"{directory / 'config.json'}: describes a model of at least {least:,} parameters, and "
+            f"the weights beside it have {there:,} bytes; one of the two is of another model or "
+            "was changed: copy or download both again"
+        )
+
+
 def classifier(config: ModelConfig) -> str | None:
     """Return the name of a model's `...ForSequenceClassification` architecture, which scores texts;
     None for a language model."""
+    names = config.raw.get("architectures")
     return next(
         (
-            name
-            for name in config.raw.get("architectures") or ()
+            str(name)
+            for name in (names if isinstance(names, list) else ())
             if "ForSequenceClassification" in str(name)
         ),
         None,
