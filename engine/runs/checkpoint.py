@@ -403,7 +403,7 @@ def _verify(path: Path) -> dict[str, Any]:
         file = path / name
         if not re.fullmatch(_NAME, name) or len(name) > 200 or file.is_symlink():
             raise CheckpointError(
-                f"{path / MANIFEST}: lists {name!r}, which is no plain file of this directory"
+                f"{path / MANIFEST}: lists {name!r:.80}, which is no plain file of this directory"
             )
         try:
             found = os.stat(file)
@@ -544,8 +544,7 @@ class RunDirectory:
         Raises:
             ConfigError: what decides the result differs, and changes are not accepted.
         """
-        saved, differences = self._differences(current, config)
-        told = changed_files(saved.get("told", {}), current["told"])
+        saved, differences, told = self._differences(current, config)
         if differences and not config.run.accept_changes:
             heading = (
                 f"{self.dir}: resumed with another configuration or other files; undo these "
@@ -564,8 +563,9 @@ class RunDirectory:
 
     def _differences(
         self, current: dict[str, Any], config: Any
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Return config.json, and what in it differs from the current run."""
+    ) -> tuple[dict[str, Any], list[str], list[str]]:
+        """Return config.json, what in it differs from the current run, and what of that is only
+        told of."""
         path = self.dir / "config.json"
         read = {
             "data_sha256": f"{config.data} holds other data than before: ",
@@ -585,7 +585,8 @@ class RunDirectory:
                 if saved[key] != current[key]
             ]
             # older versions wrote no digests of these
-            return saved, differences + changed_files(saved.get("files", {}), current["files"])
+            differences += changed_files(saved.get("files", {}), current["files"])
+            return saved, differences, changed_files(saved.get("told", {}), current["told"])
         except ConfigError:
             raise
         except OSError as error:

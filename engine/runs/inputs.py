@@ -140,7 +140,9 @@ def _digests(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:
 
 def changed_files(saved: Digests, current: Digests) -> list[str]:
     """Return a line for each file that is in both, or under an option that is in both, and whose
-    digest differs."""
+    digest differs. Raise TypeError if `saved` is not of that form."""
+    if not isinstance(saved, dict) or not all(isinstance(one, dict) for one in saved.values()):
+        raise TypeError(f"expected digests of files by option, got {str(saved)[:80]}")
     return [
         f"{option}: {name} holds something else than before: SHA-256 "
         f"{_short(saved[option].get(name))} -> {_short(current[option].get(name))}"

@@ -275,7 +275,7 @@ def test_the_command_that_resumes_keeps_its_other_options():
         (b"model: 2001-99-99\n", "not YAML: month must be"),
         (b"", "an empty file"),
         (b"optim: {lr: .inf}\n", "expected a number, got Infinity"),
-        (b"a: &a [*a]\n", "unknown key 'a'"),
+        (b"a: &a [*a]\n", ":1: expected options, got an alias that stands for itself"),
         (b"optim: [1]\n", "got list"),
     ],
 )

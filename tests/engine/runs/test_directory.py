@@ -1,10 +1,13 @@
 """How a run directory is opened: what changed since, what cannot be read now, what an earlier
 process left, and who holds it."""
 
+import contextlib
 import errno
+import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -27,6 +30,7 @@ from fusedrl.engine.config import (
     SFTConfig,
 )
 from fusedrl.engine.config.policy import LossConfig
+from fusedrl.engine.model import weights
 from fusedrl.engine.model.weights import clear_remains, replacing
 from fusedrl.engine.runs import checkpoint as checkpoints
 from fusedrl.engine.runs.checkpoint import (
@@ -225,7 +229,7 @@ def test_a_broken_configuration_of_a_run_is_named(config, tmp_path, what):
     path.write_bytes(content)
     with pytest.raises(
         (ConfigError, ValueError), match=r"config\.json: cannot be read|another"
-    ) as e:
+    ) as told:
         RunDirectory(resumed(config))
     assert str(tmp_path / "run") in str(told.value)
     assert path.read_bytes() == content
@@ -317,29 +321,46 @@ def test_what_cannot_be_read_now_is_not_taken_for_nothing(
         assert run.checkpoint.step == 6
 
 
+def in_child(work) -> tuple[int, list[str]]:
+    """Run `work` in a fork: (wait status, what it wrote by the function that it is given)."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work(lambda *words: os.write(writable, (" ".join(map(str, words)) + "\n").encode()))
+            os._exit(0)
+        except BaseException as error:
+            os.write(writable, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+    os.close(writable)
+    with os.fdopen(readable) as pipe:
+        said = pipe.read().splitlines()
+    return os.waitpid(child, 0)[1], said
+
+
 def test_too_many_open_files_is_not_no_checkpoint(config):
     begin(config)
-    script = (
-        "import resource, sys, pickle\n"
-        "from pathlib import Path\n"
-        "from fusedrl.engine.runs.checkpoint import latest_checkpoint\n"
-        "kept = []\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-        "try:\n"
-        "    while True: kept.append(open('/dev/null'))\n"
-        "except OSError: pass\n"
-        "for freed in range(4):\n"
-        "    try: print(freed, latest_checkpoint(sys.argv[1]).step)\n"
-        "    except Exception as error: print(freed, type(error).__name__, 'now' in str(error))\n"
-        "    kept.pop().close()\n"
-    ).replace(", pickle", "")
-    done = subprocess.run(
-        [sys.executable, "-c", script, config.run.dir], capture_output=True, text=True, timeout=300
-    )
-    said = done.stdout.splitlines()
-    assert said[0] == "0 SetupError True", done.stdout + done.stderr
-    assert said[-1] == "3 5"
-    assert all(line.endswith(("SetupError True", " 5")) for line in said), done.stdout
+    assert latest_checkpoint(config.run.dir).step == 5
+
+    def work(tell):
+        kept = []
+        most = len(os.listdir("/proc/self/fd")) + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with contextlib.suppress(OSError):
+            while True:
+                kept.append(os.open("/dev/null", os.O_RDONLY))
+        for freed in range(6):
+            try:
+                tell(freed, latest_checkpoint(config.run.dir).step)
+            except Exception as error:
+                tell(freed, type(error).__name__, "cannot be read now" in str(error))
+            os.close(kept.pop())
+
+    status, said = in_child(work)
+    assert status == 0, said
+    assert said[0] == "0 SetupError True", said
+    assert said[-1] == "5 5", said
+    assert all(line.endswith(("SetupError True", " 5")) for line in said), said
 
 
 def test_a_save_that_meets_a_bad_disk_deletes_no_good_checkpoint(tmp_path, monkeypatch):
@@ -409,26 +430,31 @@ def test_an_absurd_manifest_is_passed_over(tmp_path, what, caplog):
 
 # ---- what a killed process left ------------------------------------------------------------------
 FILES = {"config.json": "{}", "model.safetensors": "w"}
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fusedrl.engine.model import weights
-at, target = sys.argv[1], Path(sys.argv[2])
-def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-rename, count = Path.rename, 0
-def counted(self, to):
-    global count
-    count += 1
-    if at == f"rename {count}": die()
-    return rename(self, to)
-Path.rename = counted
-if at == "sync": weights._sync = die
-if at == "rmtree": weights.shutil.rmtree = die
-with weights.replacing(target) as temporary:
-    (temporary / "config.json").write_text("new")
-    (temporary / "model.safetensors").write_text("x" * 1000)
-    if at == "writing": die()
-"""
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_and_die(target: Path, at: str) -> None:
+    """Save a model, and be killed at this point of it."""
+    rename, count = Path.rename, itertools.count(1)
+
+    def counted(path, to):
+        if at == f"rename {next(count)}":
+            die()
+        return rename(path, to)
+
+    Path.rename = counted
+    if at == "sync":
+        weights._sync = die
+    if at == "rmtree":
+        shutil.rmtree = die
+    with replacing(target) as temporary:
+        (temporary / "config.json").write_text("new")
+        (temporary / "model.safetensors").write_text("x" * 1000)
+        if at == "writing":
+            die()
 
 
 @pytest.mark.parametrize("at", ["writing", "sync", "rename 1", "rename 2", "rmtree"])
@@ -440,11 +466,14 @@ def test_a_kill_in_the_final_save_leaves_no_litter_behind(config, tmp_path, at, 
         target.mkdir()
         for name, text in FILES.items():
             (target / name).write_text(text)
-    done = subprocess.run([sys.executable, "-c", KILLED, at, str(target)], timeout=300)
-    if not there and at in ("rename 2", "rmtree"):
-        assert done.returncode == 0  # there is no second rename
+    status, said = in_child(lambda tell: save_and_die(target, at))
+    if not there and at == "rename 2":
+        assert status == 0, said  # there is none
         return
-    assert done.returncode == -signal.SIGKILL
+    assert os.WIFSIGNALED(status), said
+    if not there and at == "rmtree":  # what deletes the temporary directory, if it were there
+        assert sorted(path.name for path in target.iterdir()) == sorted(FILES)
+        return
     assert [path for path in target.parent.iterdir() if path.name.startswith(".model.")]
     with RunDirectory(resumed(config)):
         assert not [path for path in target.parent.iterdir() if path.name.startswith(".")]
