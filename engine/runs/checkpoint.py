@@ -357,8 +357,20 @@ def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in sorted(name for name in files if name.endswith(".safetensors")):
         group = re.sub(r"(\.\d{5}-of-\d{5})?\.safetensors$", "", name)
-        tensors[group] = tensors.get(group, {}) | load_file(path / name)
+        tensors[group] = tensors.get(group, {}) | _mapped(path / name)
     return Checkpoint(path, step, tensors, json.loads((path / STATE).read_bytes()))
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, mapped into memory. What torch says in words alone, such as too
+    many open files, is an OSError."""
+    try:
+        return load_file(path)
+    except RuntimeError as error:
+        told = re.search(r"^unable to .*\((\d+)\)", str(error))
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
 
 
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
