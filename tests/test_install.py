@@ -193,6 +193,23 @@ def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
     )
 
 
+def test_what_a_wheel_carries_of_others_is_in_its_metadata(sdist):
+    """Every licence that lies among the sources, and the page that names them."""
+    told = (sdist / "PKG-INFO").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^License-File: (.*)$", told, re.MULTILINE))
+    lying = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("engine", "kernels", "csrc")
+        for path in (ROOT / folder).rglob("LICEN*")
+    }
+    assert listed == {"LICENSE", "THIRD_PARTY.md", *lying}
+    assert "License-Expression: Apache-2.0 AND BSD-3-Clause AND MIT" in told
+    page = (ROOT / "THIRD_PARTY.md").read_text(encoding="utf-8")
+    assert lying
+    assert all(name in page for name in lying)
+    assert all((sdist / name).is_file() for name in listed)
+
+
 def test_an_install_has_what_the_page_of_a_run_is_made_of(checkout, tmp_path):
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)],

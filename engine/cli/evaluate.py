@@ -246,7 +246,8 @@ def _check(options: argparse.Namespace) -> None:
     functions = load_functions(specs, *([options.data] if options.model else []))
     tokenizer, samples = _generated(options) if options.model else _given(options)
     load = partial(load_reward, device=options.device, tokenizer=tokenizer)
-    reward, against = (*map(load, functions), None)[:2]
+    reward, *others = map(load, functions)
+    against = others[0] if others else None
     for one in (reward, against):
         if tokenizer is None and one is not None and _reads_ids(one):
             raise ConfigError(

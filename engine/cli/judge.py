@@ -87,14 +87,14 @@ def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
     )
 
     params = params_of(generation_of(options), n=options.n, seed=options.seed)
-    judge = load_judge(options.judge) if options.judge is not None else None
+    given = load_judge(options.judge) if options.judge is not None else None
     functions = load_functions(options.reward or [], options.data)
     examples = load_prompts(options.data)
-    if judge is not None:
-        judge.check(examples[0].columns)
+    if given is not None:
+        given.check(examples[0].columns)
     actors = [load_actor(path, options, ranks) for path in (options.a, options.b)]
-    by_reward = judge is None
-    judge = judge or RewardJudge(load_rewards(functions, actors, ranks))
+    by_reward = given is None
+    judge = given or RewardJudge(load_rewards(functions, actors, ranks))
     examples = some(actors, examples, options)
     total = len(examples)
     # request ids that differ, so that samples differ even if both models are the same

@@ -195,9 +195,11 @@ def resumed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str], dict[s
                 "lists runs"
             )
         tree = dict(saved["config"])
+        # these hold for one start
+        tree["run"] = tree["run"] | {"restart": False, "accept_changes": False}
     except ConfigError:
         raise
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(
             f"resume: {path} cannot be read ({type(error).__name__}: {error}), so what the run "
             "was started with is not known, and it cannot go on; start anew in another --run.dir"

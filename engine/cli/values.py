@@ -23,6 +23,7 @@ _BOOLEANS = {
     "off": False,
     "0": False,
 }
+_LARGEST, _MOST_VALUES = 200_000, 10_000  # of a file of options: bytes, values with aliases
 _NOTHING = ("none", "null", "~")
 
 
@@ -136,10 +137,16 @@ def _tree(path: str) -> dict[Any, Any]:
         raise ConfigError(f"{path}: expected a YAML file, got a directory; name the file in it")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such configuration file: {no_such(path)}")
+    if (size := Path(path).stat().st_size) > _LARGEST:
+        raise ConfigError(
+            f"{path}: expected a file of options of at most {_LARGEST:,} bytes, got {size:,}; data "
+            "are given with --data"
+        )
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_aliases(path, node)
         _check_once(path, node)
         tree = yaml.safe_load(text)
     except UnicodeDecodeError as error:
@@ -168,6 +175,37 @@ def _hint(problem: str) -> str:
     if "mapping values are not allowed" in problem:
         return "; a value that holds a colon and a space stands in quotes"
     return ""
+
+
+def _check_aliases(path: str, node: Any) -> None:
+    """Raise ConfigError for a file whose aliases (*name) stand for too much: each may stand for
+    many others, so that a few lines become more than memory holds, or for itself."""
+    sizes: dict[int, int] = {}  # of what each node stands for; 0: not known yet
+
+    def size(inner: Any) -> int:
+        if inner is None:
+            return 0
+        if sizes.setdefault(id(inner), 0):
+            return sizes[id(inner)]
+        parts = inner.value if isinstance(inner.value, list) else []
+        total = 1
+        for part in parts:
+            for one in part if isinstance(part, tuple) else (part,):
+                if sizes.get(id(one)) == 0:
+                    raise ConfigError(
+                        f"{path}:{one.start_mark.line + 1}: expected options, got an alias that "
+                        "stands for itself; write out what is meant"
+                    )
+                total += size(one)
+        if total > _MOST_VALUES:
+            raise ConfigError(
+                f"{path}:{inner.start_mark.line + 1}: expected at most {_MOST_VALUES:,} values, "
+                "got aliases that stand for more; write out what is meant"
+            )
+        sizes[id(inner)] = total
+        return total
+
+    size(node)
 
 
 def _check_once(path: str, node: Any) -> None:

@@ -244,6 +244,12 @@ class RunConfig:
         dir: run directory; metrics, checkpoints and the final model go there.
         seed: seed of all random draws.
         resume: continue the run in `dir` from its newest complete checkpoint.
+        restart: if `dir` holds records of a run without a complete checkpoint, move them into
+            aside-1 (or the next free number) in it, and begin anew. A run that has a checkpoint is
+            not touched.
+        accept_changes: continue the run although its options, data, weights, tokenizer or reward
+            model are not those that it was started with. What changed is written to
+            <run>/changes.jsonl. Without it such a run is refused.
         save_every: steps between checkpoints, however long saving takes; 0 saves by time
             (save_minutes).
         save_minutes: minutes between checkpoints, or longer if saving would take more than 5% of
@@ -270,6 +276,8 @@ class RunConfig:
     dir: str = "runs/latest"
     seed: int = 0
     resume: bool = False
+    restart: bool = False
+    accept_changes: bool = False
     save_every: int = 0
     save_minutes: float = 10.0
     signals: str = ""

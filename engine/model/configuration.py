@@ -22,6 +22,22 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }  # theirs: kernels/swiglu.py's
+_LARGEST_NUMBER = 1e30
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+_LARGEST_JSON = 100_000_000  # bytes; an index of all tensors may have some of them
+_MOST = {"num_hidden_layers": 10_000}  # of other sizes 2^31 - 1, which kernels count to
 _REFUSED = {
     "use_bidirectional_attention": "a decoder's tokens see those before them",
     "add_cross_attention": "there is no encoder to attend to",
@@ -82,13 +98,24 @@ class ModelConfig:
         """Family of the model."""
         return FAMILIES[self.model_type]
 
+    @property
+    def least_parameters(self) -> int:
+        """Number of parameters in the matrices of the model, without biases, norms and a head."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        mlp = (3 if self.gated else 2) * self.intermediate_size
+        positions = self.max_positions if self.learned_positions else 0
+        return self.hidden_size * (self.vocab_size + positions + self.num_layers * (heads + mlp))
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raise ValueError, with the file's name, if the file holds
     anything else."""
     try:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST_JSON:,} are read")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # ValueError: no UTF-8, no JSON, a number of thousands of digits
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected a JSON object: {error}; copy or download it again"
         ) from error
@@ -109,14 +136,25 @@ def model_config(
             lacks a feature; the message names it.
     """
     if isinstance(source, Mapping):
-        return _parse(
-            dict(source), None if generation is None else dict(generation), "the configuration"
-        )
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(no_model(Path(source)))
-    beside = path.with_name("generation_config.json")
-    return _parse(read_json(path), read_json(beside) if beside.is_file() else None, str(path))
+        where, raw = "the configuration", dict(source)
+        raw_generation = None if generation is None else dict(generation)
+    else:
+        path = Path(source) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(no_model(Path(source)))
+        beside = path.with_name("generation_config.json")
+        where, raw = str(path), read_json(path)
+        raw_generation = read_json(beside) if beside.is_file() else None
+    try:
+        return _parse(raw, raw_generation, where)
+    # what no check foresaw: an entry of a type or a size that the arithmetic of its family does
+    # not take
+    except (TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{where}: cannot be read as the configuration of a {raw.get('model_type')!r:.80} "
+            f"({type(error).__name__}: {error}); an entry is of a type or a size that it cannot "
+            "have: copy or download the file again"
+        ) from error
 
 
 class _Keys:
@@ -136,25 +174,60 @@ class _Keys:
 
     def size(self, key: str, default: Any = None) -> int:
         value = default if (found := self.get(key)) is None else found
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        most = _MOST.get(key, 2**31 - 1)
+        if type(value) is not int or not 1 <= value <= most:
             raise ValueError(
-                f"{self.where}: expected a positive whole number for {self.theirs(key)!r}, got "
-                f"{value!r}"
+                f"{self.where}: expected a whole number from 1 to {most} for "
+                f"{self.theirs(key)!r}, got {value!r:.80}"
             )
         return value
 
-    def flag(self, rule: bool | str) -> bool:
+    def flag(self, rule: bool | str, default: bool = False) -> bool:
         """Return a rule of the family if it is a boolean; else the value of the key that the rule
         names."""
-        return bool(self.get(rule, False)) if isinstance(rule, str) else rule
+        if not isinstance(rule, str):
+            return rule
+        value = default if (found := self.get(rule)) is None else found
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"{self.where}: expected true or false for {self.theirs(rule)!r}, got {value!r:.80}"
+            )
+        return value
 
-    def number(self, key: str) -> float | None:
+    def number(self, key: str, *, zero: bool = False) -> float | None:
+        """Return a number above 0 (`zero`: or 0), or None."""
         value = self.get(key)
-        if value is not None and (
-            not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not (
+            0 < value < _LARGEST_NUMBER or (zero and value == 0)
         ):
-            raise ValueError(f"{self.where}: expected a number above 0 for {key!r}, got {value!r}")
-        return None if value is None else float(value)
+            raise ValueError(
+                f"{self.where}: expected a number {'of at least' if zero else 'above'} 0 for "
+                f"{self.theirs(key)!r}, got {value!r:.80}"
+            )
+        return float(value)
+
+    def check_rope(self) -> None:
+        """Raise ValueError unless the entries about rotations are numbers above 0, or objects and
+        lists of these; which of them there must be is checked where they are used."""
+        for key in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+            self.number(key)
+        for key in ("rope_scaling", "rope_parameters"):
+            value = self.get(key)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{self.where}: expected an object for {key!r}, got {value!r:.80}")
+            self._check_numbers(key, value or {})
+
+    def _check_numbers(self, key: str, value: Any) -> None:
+        if isinstance(value, dict | list):
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            for name, inner in entries:
+                self._check_numbers(f"{key}.{name}", inner)
+        elif type(value) in (int, float) and not 0 <= value < _LARGEST_NUMBER:
+            raise ValueError(
+                f"{self.where}: expected a number of at least 0 for {key!r}, got {value!r:.80}"
+            )
 
 
 def _activation(keys: _Keys) -> str:
@@ -225,28 +298,31 @@ def _positions(keys: _Keys, num_layers: int, head_dim: int, max_positions: int) 
 def _special_ids(keys: _Keys, generation: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of special token ids, from config.json and generation_config.json
     together."""
-    bos, pad = (
-        found if (found := keys.get(key)) is not None else generation.get(key)
-        for key in ("bos_token_id", "pad_token_id")
+    beside = str(Path(keys.where).with_name("generation_config.json"))
+    bos, pad, eos = (
+        (
+            _ids(keys.where, key, keys.get(key)),
+            _ids(beside, key, generation.get(key)),
+        )
+        for key in ("bos_token_id", "pad_token_id", "eos_token_id")
     )
     return {
-        "bos_token_id": bos[0] if isinstance(bos, list) else bos,
-        "pad_token_id": pad,
-        "eos_token_ids": tuple(
-            dict.fromkeys([*_ids(keys.get("eos_token_id")), *_ids(generation.get("eos_token_id"))])
-        ),
+        "bos_token_id": next(iter(bos[0] or bos[1]), None),
+        "pad_token_id": next(iter(pad[0] or pad[1]), None),
+        "eos_token_ids": tuple(dict.fromkeys([*eos[0], *eos[1]])),
     }
 
 
 def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: str) -> ModelConfig:
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}"
+            f"{where}: unknown model_type {model_type!r:.80}; known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
     keys = _Keys(raw, family, where)
-    get, size, flag, number = keys.get, keys.size, keys.flag, keys.number
+    size, flag, number = keys.size, keys.flag, keys.number
+    keys.check_rope()
     activation = _activation(keys)
     num_layers, num_heads, hidden_size, max_positions = (
         size(key)
@@ -267,9 +343,9 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=float(get("rms_norm_eps", 1e-6)),
+        norm_eps=_or(number("rms_norm_eps", zero=True), 1e-6),
         max_positions=max_positions,
-        tie_embeddings=bool(get("tie_word_embeddings", False)),
+        tie_embeddings=flag("tie_word_embeddings"),
         qkv_bias=flag(family.qkv_bias),
         o_bias=flag(family.o_bias),
         mlp_bias=flag(family.mlp_bias),
@@ -279,7 +355,7 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         layer_norm=family.layer_norm,
         attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim)
         ** -0.5
-        if get("scale_attn_weights", True)
+        if flag("scale_attn_weights", True)
         else 1.0,
         attention_softcap=number("attn_logit_softcapping") if family.gemma else None,
         logit_softcap=number("final_logit_softcapping") if family.gemma else None,
@@ -288,7 +364,7 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         gated=family.gated,
         parallel=flag(family.parallel),
         learned_positions=family.rope == "none",
-        initializer_range=float(get("initializer_range", 0.02)),
+        initializer_range=_or(number("initializer_range", zero=True), 0.02),
         **_positions(keys, num_layers, head_dim, max_positions),
         **_special_ids(keys, raw_generation or {}),
         raw=raw,
@@ -296,18 +372,37 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
     )
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _or(value: float | None, usual: float) -> float:
+    return usual if value is None else value
+
+
+def _ids(where: str, key: str, value: Any) -> list[int]:
+    """Return the token ids of an entry, which holds one, a list of them, or null."""
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(one) is int and -(2**31) <= one < 2**31 for one in found):
+        raise ValueError(
+            f"{where}: expected a token id, a list of token ids or null for {key!r}, got "
+            f"{value!r:.80}"
+        )
+    return found
 
 
 def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, ...]:
     if family.rope != "some":
         return (-1 if family.rope == "none" else 0,) * num_layers
     interval, turned = get("no_rope_layer_interval"), get("no_rope_layers")
-    if turned is None:
+    if turned is None and type(interval) is int and interval > 0:
         turned = [(i + 1) % interval for i in range(num_layers)]
-    if len(turned) < num_layers:
-        raise ValueError(f"{where}: expected no_rope_layers for {num_layers} layers, got {turned}")
+    if (
+        not isinstance(turned, list)
+        or len(turned) < num_layers
+        or not all(isinstance(kind, int) for kind in turned)
+    ):
+        raise ValueError(
+            f"{where}: expected no_rope_layers, a list of 0 and 1 for {num_layers} layers, or "
+            f"no_rope_layer_interval, a whole number above 0, got {turned!r:.80} and "
+            f"{interval!r:.80}"
+        )
     return tuple(0 if kind else -1 for kind in turned[:num_layers])
 
 
@@ -318,6 +413,11 @@ def _layer_kinds(
         return [
             {"none": "full_attention", "every": "sliding_attention"}[family.windows]
         ] * num_layers
+    for key in ("max_window_layers", "sliding_window_pattern"):
+        if (value := get(key)) is not None and (type(value) is not int or value < 0):
+            raise ValueError(
+                f"{where}: expected a whole number of at least 0 for {key!r}, got {value!r:.80}"
+            )
     if not (kinds := get("layer_types")):
         rule = {
             "some": lambda i: i >= get("max_window_layers"),
@@ -328,22 +428,34 @@ def _layer_kinds(
             "sliding_attention" if rule[family.windows](i) else "full_attention"
             for i in range(num_layers)
         ]
-    if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
+    known = ("sliding_attention", "full_attention")
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or any(kind not in known for kind in kinds)
+    ):
         raise ValueError(
             f"{where}: expected {num_layers} layer_types, each 'sliding_attention' or "
-            f"'full_attention', got {kinds}"
+            f"'full_attention', got {kinds!r:.200}"
         )
     return list(kinds)
 
 
 def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[int, ...]:
     window = get("sliding_window") if family.windows != "none" else None
-    if family.windows in ("some", "nope") and not get("use_sliding_window", False):
+    used = get("use_sliding_window", False)
+    if used is not None and not isinstance(used, bool):
+        raise ValueError(
+            f"{where}: expected true or false for 'use_sliding_window', got {used!r:.80}"
+        )
+    if family.windows in ("some", "nope") and not used:
         window = None
     if window is None:
         return (0,) * len(kinds)
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"{where}: expected a positive sliding_window, got {window!r}")
+    if type(window) is not int or not 1 <= window < 2**31:
+        raise ValueError(
+            f"{where}: expected a whole number above 0 for 'sliding_window', got {window!r:.80}"
+        )
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -415,7 +527,8 @@ def _inv_freq(
     partial = rope.get("partial_rotary_factor", partial) or 1.0
     turned = int(head_dim * partial)
     if (
-        kind not in family.rope_kinds
+        not isinstance(kind, str)
+        or kind not in family.rope_kinds
         or any(isinstance(value, dict) for value in rope.values())
         or (turned != head_dim and family.rope != "partial")
     ):
@@ -436,6 +549,17 @@ def _inv_freq(
     theta = rope.get("rope_theta") or theta or 10000.0
     if missing := [key for key in ROPE_KINDS[kind] if key not in rope]:
         raise ValueError(f"{where}: RoPE kind {kind!r} needs {', '.join(missing)}; got {rope}")
+    wrong = {
+        key: value
+        for key, value in rope.items()
+        if key in _ROPE_NUMBERS
+        and value is not None
+        and (type(value) not in (int, float) or (key in ROPE_KINDS[kind] and value == 0))
+    }
+    if wrong:
+        raise ValueError(
+            f"{where}: expected numbers above 0 in the entries about rotations, got {wrong!r:.200}"
+        )
     inv_freq = 1.0 / (theta ** (torch.arange(0, turned, 2, dtype=torch.int64).float() / turned))
     original = original or rope.get("original_max_position_embeddings") or max_positions
     scale = 1.0
@@ -447,6 +571,10 @@ def _inv_freq(
             rope["high_freq_factor"],
             2 * math.pi / inv_freq,
         )
+        if low == high:
+            raise ValueError(
+                f"{where}: expected a high_freq_factor above low_freq_factor, got {high} and {low}"
+            )
         blend = (original / wavelength - low) / (high - low)
         blended = (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq
         scaled = torch.where(wavelength > original / low, inv_freq / rope["factor"], inv_freq)
@@ -468,6 +596,11 @@ def _inv_freq(
         )
         inv_freq = inv_freq / factor * (1 - kept) + inv_freq * kept
         scale = _yarn_scale(rope, factor)
+    if not (bool(torch.isfinite(inv_freq).all()) and math.isfinite(scale)):
+        raise ValueError(
+            f"{where}: expected rotations whose frequencies are finite, got those of theta {theta} "
+            f"and {rope}"
+        )
     return tuple(inv_freq.tolist()), scale
 
 

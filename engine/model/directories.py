@@ -46,6 +46,16 @@ def resolve_directory(path_or_id: str | Path) -> Path:
         raise not_fetched(path_or_id, error) from error
 
 
+def cached_snapshot(model_id: str) -> Path | None:
+    """Return the directory of a model that was fetched from the hub before, named by its commit;
+    None if there is none. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(Exception):  # no such id, no cache: as in `resolve_directory`
+        return Path(snapshot_download(model_id, local_files_only=True))
+    return None
+
+
 def local_directory(path_or_id: str | Path) -> Path | None:
     """Return the path if it is a directory; None if it does not exist and may be an id in the hub.
 

@@ -111,6 +111,26 @@ def _no_adapter(directory: Path, lacking: str) -> str:
     )
 
 
+def _numbers(path: Path, raw: dict[str, Any]) -> tuple[int, float, bool]:
+    """Return (rank, alpha, rslora) of an adapter_config.json. Raise ValueError if one is not of its
+    type or range."""
+    rank: Any = raw.get("r")
+    alpha: Any = raw.get("lora_alpha")
+    rslora = raw.get("use_rslora") or False
+    if (
+        type(rank) is not int
+        or not 1 <= rank < 2**31
+        or type(alpha) not in (int, float)
+        or not 0 < alpha < 1e30
+        or not isinstance(rslora, bool)
+    ):
+        raise ValueError(
+            f"{path}: expected numbers for r and lora_alpha (above 0, and r whole), and true or "
+            f"false for use_rslora, got {rank!r:.80}, {alpha!r:.80} and {rslora!r:.80}"
+        )
+    return rank, float(alpha), rslora
+
+
 def load_adapter(decoder: Decoder, directory: str | Path) -> None:
     """Load the LoRA adapter of a PEFT directory into a decoder without an adapter, in the decoder's
     dtype; the base is frozen.
@@ -130,8 +150,8 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
     raw = read_json(directory / CONFIG_FILE)
     if strange := {key: value for key, value in raw.items() if _strange(key, value)}:
         raise ValueError(
-            f"{directory / CONFIG_FILE}: expected plain LoRA on linear layers, got {strange}; "
-            "merge it with PEFT and load the model"
+            f"{directory / CONFIG_FILE}: expected plain LoRA on linear layers, got "
+            f"{strange!s:.500}; merge it with PEFT and load the model"
         )
     with opened(directory / WEIGHTS_FILE) as file:
         names = list(file.keys())
@@ -141,14 +161,8 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
             if (match := re.fullmatch(r".*\.(\w+)\.lora_[AB]\.weight", name))
         }
         found = tuple(name for name in slices(decoder.config) if name in of)
-        try:
-            rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{directory / CONFIG_FILE}: expected numbers for r and lora_alpha, got "
-                f"{raw.get('r')!r} and {raw.get('lora_alpha')!r}"
-            ) from error
-        lora = LoRAConfig(rank, alpha, found or ("all-linear",), bool(raw.get("use_rslora", False)))
+        rank, alpha, rslora = _numbers(directory / CONFIG_FILE, raw)
+        lora = LoRAConfig(rank, alpha, found or ("all-linear",), rslora)
         shapes: dict[str, list[int]] = {}
         for index in range(decoder.config.num_layers):
             for module, product, _, rows in targets(decoder.config, lora).values():

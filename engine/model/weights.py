@@ -11,6 +11,7 @@ One file: loading and saving use the same names.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -314,8 +315,14 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """Return `model_config` of a directory, without the entries that name code to run."""
+    """Return `model_config` of a directory, without the entries that name code to run.
+
+    Raises:
+        ValueError: it describes a larger model than the directory's weights can be, so that memory
+            would be taken for nothing.
+    """
     config = model_config(directory)
+    _check_weights_suffice(directory, config)
     clean, clean_generation = _stripped(config.raw), _stripped(config.raw_generation)
     for name, raw in (
         ("config.json", config.raw),
@@ -325,13 +332,24 @@ def load_config(directory: Path) -> ModelConfig:
     return replace(config, raw=clean, raw_generation=clean_generation)
 
 
+def _check_weights_suffice(directory: Path, config: ModelConfig) -> None:
+    there = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if there and (least := config.least_parameters) > there:  # of a byte each, at least
+        raise ValueError(
+            f"{directory / 'config.json'}: describes a model of at least {least:,} parameters, and "
+            f"the weights beside it have {there:,} bytes; one of the two is of another model or "
+            "was changed: copy or download both again"
+        )
+
+
 def classifier(config: ModelConfig) -> str | None:
     """Return the name of a model's `...ForSequenceClassification` architecture, which scores texts;
     None for a language model."""
+    names = config.raw.get("architectures")
     return next(
         (
-            name
-            for name in config.raw.get("architectures") or ()
+            str(name)
+            for name in (names if isinstance(names, list) else ())
             if "ForSequenceClassification" in str(name)
         ),
         None,
@@ -624,21 +642,11 @@ def replacing(directory: str | Path) -> Iterator[Path]:
     """Yield a new directory next to `directory` to write into. If the block succeeds, the new
     directory replaces `directory`; if it fails, the new directory is deleted."""
     final = Path(directory).absolute()
-    foreign = (
-        sorted(p.name for p in final.iterdir() if not p.is_file() or not _OURS.fullmatch(p.name))
-        if final.is_dir()
-        else []
-    )
-    if foreign or (final.exists() and not final.is_dir()):
-        raise FileExistsError(
-            f"{final} exists and holds what no saved model holds "
-            f"({', '.join(foreign[:5]) or 'it is a file'}); "
-            "saving replaces the whole directory, so choose another or an empty one"
-        )
+    check_replaceable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
+    clear_remains(final)
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    with disk_faults(final):
-        temporary.mkdir()
+    with disk_faults(final), _made(temporary):
         try:
             yield temporary
             for path in [*temporary.iterdir(), temporary]:
@@ -655,6 +663,59 @@ def replacing(directory: str | Path) -> Iterator[Path]:
             _sync(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise FileExistsError if a directory holds what no saved model holds, since saving replaces
+    it as a whole."""
+    if directory.is_dir():
+        strange = [
+            path.name
+            for path in sorted(directory.iterdir())
+            if not path.is_file() or not _OURS.fullmatch(path.name)
+        ]
+    elif directory.exists() or directory.is_symlink():
+        strange = ["it is a file"]
+    else:
+        return
+    if strange:
+        raise FileExistsError(
+            f"{directory} exists and holds what no saved model holds ({', '.join(strange[:5])}); "
+            "saving replaces the whole directory, so move that elsewhere, or choose another or an "
+            "empty one"
+        )
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """Make a directory, and hold a lock on it that the system releases when the process dies."""
+    directory.mkdir()
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_remains(directory: Path) -> None:
+    """Delete what a process that was killed while it saved a model to `directory` left beside it.
+    If it died between the two renames, the model that it was replacing gets its name back."""
+    name = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    beside = directory.parent.iterdir() if directory.parent.is_dir() else ()
+    remains = [path for path in beside if name.fullmatch(path.name)]
+    for path in sorted(remains):  # .old before .tmp of the same save
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is being written
+                if path.suffix == ".old" and not directory.exists():
+                    path.rename(directory)
+                else:
+                    shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,16 +33,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusedrl.engine.base.errors import CheckpointError, ConfigError, resume_command
-from fusedrl.engine.data.rows import check_source, source_digest
-from fusedrl.engine.data.sources import Data, parse_data
+from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError, resume_command
+from fusedrl.engine.model.weights import check_replaceable, clear_remains
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
-from fusedrl.engine.runs.files import RunLock, flat, sync_directory, write_file, write_new
+from fusedrl.engine.runs.files import (
+    RunLock,
+    flat,
+    set_aside,
+    sync_directory,
+    write_file,
+    write_new,
+)
+from fusedrl.engine.runs.inputs import (
+    all_data,
+    changed_files,
+    file_digest,
+    files_of,
+    model_digest,
+    told_of,
+)
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
+CHANGES = "changes.jsonl"
+RESULTS = ("model", "adapter", "critic")  # directories that a run writes at its end
 FREE_KEYS = (
     "run.dir",
     "run.resume",
+    "run.restart",
+    "run.accept_changes",
     "run.progress",
     "run.columns",
     "run.log",
@@ -71,6 +89,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a group of tensors, and of a file in a checkpoint
 _log = logging.getLogger(__name__)
 
 
@@ -215,7 +234,7 @@ def _check(
     if not 0 <= step < 10**8:
         raise CheckpointError(f"checkpoint: expected a step in [0, 10^8), got {step}")
     for group, named in tensors.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", group):
+        if not re.fullmatch(_NAME, group):
             raise CheckpointError(
                 "checkpoint: expected a group name of letters, digits, '_', '.' and '-', got "
                 f"{group!r}"
@@ -294,21 +313,42 @@ def _remove(path: Path) -> None:
 def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
     """Return the newest complete checkpoint that verifies, or None. A broken checkpoint is skipped,
     with a warning that names file and reason. Remains of an interrupted save are deleted, so only
-    the owner of the run (`RunLock`) may call this."""
+    the owner of the run (`RunLock`) may call this.
+
+    Raises:
+        SetupError: a checkpoint cannot be read now, which tells nothing about what is in it (a bad
+            disk or network, too many open files). Nothing is skipped or deleted for that.
+    """
     root = Path(run_dir) / "checkpoints"
-    if not root.is_dir():
-        return None
-    for stale in root.glob(".tmp_*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    for step, path in _steps(root):
-        try:
-            manifest = _verify(path)
-            if manifest["step"] != step:
-                raise CheckpointError(f"{path / MANIFEST}: is of step {manifest['step']}")
-            return read_checkpoint(path, step, manifest["files"])
-        except (CheckpointError, SafetensorError, OSError, ValueError) as error:
-            _log.warning("checkpoint skipped: %s", error)
+    try:
+        if not _is_directory(root):
+            return None
+        for stale in root.glob(".tmp_*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        for step, path in _steps(root):
+            try:
+                manifest = _verify(path)
+                if manifest["step"] != step:
+                    raise CheckpointError(f"{path / MANIFEST}: is of step {manifest['step']}")
+                return read_checkpoint(path, step, manifest["files"])
+            except (CheckpointError, SafetensorError, ValueError, RecursionError) as error:
+                _log.warning("checkpoint skipped: %s", error)
+    except OSError as error:
+        raise SetupError(
+            f"{error.filename or root}: cannot be read now ({error.strerror or error}), which does "
+            "not mean that there is no checkpoint, so nothing was begun or changed; try again "
+            "where the disk, the network or the limit of open files (ulimit -n) is well. To go on "
+            "from an earlier checkpoint for good, move the one that cannot be read elsewhere"
+        ) from error
     return None
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether a path is a directory. Unlike Path.is_dir, raise OSError if that cannot be told."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
@@ -317,8 +357,20 @@ def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in sorted(name for name in files if name.endswith(".safetensors")):
         group = re.sub(r"(\.\d{5}-of-\d{5})?\.safetensors$", "", name)
-        tensors[group] = tensors.get(group, {}) | load_file(path / name)
+        tensors[group] = tensors.get(group, {}) | _mapped(path / name)
     return Checkpoint(path, step, tensors, json.loads((path / STATE).read_bytes()))
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, mapped into memory. What torch says in words alone, such as too
+    many open files, is an OSError."""
+    try:
+        return load_file(path)
+    except RuntimeError as error:
+        told = re.search(r"^unable to .*\((\d+)\)", str(error))
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
 
 
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
@@ -354,97 +406,79 @@ def _verify(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: a file is missing or differs; the message names it.
+        OSError: a file cannot be read now.
     """
+    manifest, files = _manifest(path)
+    if STATE not in files:
+        raise CheckpointError(f"{path / MANIFEST}: does not list {STATE}")
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not re.fullmatch(_NAME, name) or len(name) > 200 or file.is_symlink():
+            raise CheckpointError(
+                f"{path / MANIFEST}: lists {name!r:.80}, which is no plain file of this directory"
+            )
+        try:
+            found = os.stat(file)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{file}: expected a file, got something else of that name")
+        if found.st_size != size:
+            raise CheckpointError(f"{file}: expected {size} bytes, got {found.st_size}")
+        if file_digest(file) != digest:
+            raise CheckpointError(
+                f"{file}: its SHA-256 is not the recorded one; the file was damaged after it was "
+                "written"
+            )
+    return manifest
+
+
+def _manifest(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    """Return a checkpoint's manifest, and from it the size and the digest of each file. Errors are
+    those of `_verify`."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"{path / MANIFEST}: expected format {FORMAT}, got {manifest['format']!r}; a newer "
-                "fusedrl wrote it"
+                f"{path / MANIFEST}: expected format {FORMAT}, got {manifest['format']!r:.80}; a "
+                "newer fusedrl wrote it"
             )
         files = {
             str(name): (int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in manifest["files"].items()
         }
         manifest["step"] = int(manifest["step"])
-    except FileNotFoundError:
+        return manifest, files
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: has no {MANIFEST}, so its save never finished") from None
+    # whatever else stands there: 1e999, nested a thousand times, another type, no UTF-8
     except (
-        OSError,
-        KeyError,
+        IsADirectoryError,
+        LookupError,
         TypeError,
         AttributeError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
     ) as error:
         raise CheckpointError(
-            f"{path / MANIFEST}: cannot be read ({type(error).__name__}: {error})"
+            f"{path / MANIFEST}: cannot be read ({type(error).__name__}: {str(error)[:200]})"
         ) from error
-    if STATE not in files:
-        raise CheckpointError(f"{path / MANIFEST}: does not list {STATE}")
-    for name, (size, digest) in files.items():
-        file = path / name
-        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name or file.is_symlink():
-            raise CheckpointError(
-                f"{path / MANIFEST}: lists {name!r}, which is no plain file of this directory"
-            )
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: expected {size} bytes, got {file.stat().st_size}")
-        try:
-            if file_digest(file) != digest:
-                raise CheckpointError(
-                    f"{file}: its SHA-256 is not the recorded one; the file was damaged after it "
-                    "was written"
-                )
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from error
-    return manifest
-
-
-def data_digest(data: Data) -> str:
-    """Return the SHA-256 of a data file's bytes, or of a hub data set's rows; of several sources,
-    all digests. Errors are those of `check_source`."""
-    sources = parse_data(data)
-    for source in sources:
-        check_source(source)
-    return " ".join(source_digest(source) for source in sources)
-
-
-def _all_data(config: Any) -> str:
-    """Return the digest of everything that a run reads: its data, and the pretraining texts of a
-    policy."""
-    ptx = getattr(config, "ptx", None)
-    return data_digest(config.data) + (f" ptx {data_digest(ptx.data)}" if ptx is not None else "")
 
 
 def identity(config: Any) -> dict[str, Any]:
     """Return, as JSON values, everything that determines a run's result: its configuration, and
-    digests of the data and of the initial model. Errors are those of `check_source`."""
+    digests of all files that it reads (inputs.py). Errors are those of `check_source`."""
     return {
         "stage": type(config).__name__,
         "config": config_to_dict(config),
-        "data_sha256": _all_data(config),
+        "data_sha256": all_data(config),
         "model_sha256": model_digest(config.model),
+        "files": files_of(config),
+        "told": told_of(config),
     }
-
-
-def file_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def model_digest(model: str | Path) -> str | None:
-    """Return the SHA-256 over names and bytes of a model directory's safetensors files. Return None
-    for a model id that is not a local directory."""
-    if not Path(model).is_dir():
-        return None
-    parts = [
-        f"{path.name} {file_digest(path)}" for path in sorted(Path(model).glob("*.safetensors"))
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 # ---- the run directory ---------------------------------------------------------------------------
@@ -454,16 +488,23 @@ class RunDirectory:
 
     A new run needs a directory without checkpoints. A resumed run needs the configuration that it
     was started with, except for options that do not change the result (`FREE_KEYS`), and the same
-    bytes of data and of the initial model.
+    bytes of everything that it reads (inputs.py). `run.accept_changes` goes on with what differs;
+    it is written to changes.jsonl. `run.restart` moves the records of a run without a checkpoint
+    into a directory aside-N, and begins anew.
 
+    Attributes:
+        notes: what to say of how the run was opened.
     Raises:
-        ConfigError: the directory holds another run, or the configuration, the data or the model
-            changed; the message lists the differences.
-        SetupError: another live process writes to the directory.
+        ConfigError: the directory holds another run, or something that the run reads changed; the
+            message lists the differences. Or model, adapter or critic holds a file of another
+            origin, which writing the result would delete.
+        SetupError: another live process writes to the directory, or a checkpoint cannot be read
+            now.
     """
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
+        self.notes: list[str] = []
         current = identity(config)
         self._lock = RunLock(self.dir)
         try:
@@ -474,26 +515,68 @@ class RunDirectory:
                     f"{resume_command(self.dir)}, or choose another --run.dir"
                 )
             if self.checkpoint is not None:
-                self._check_unchanged(current, config)
+                self._check_unchanged(self.checkpoint.step, current, config)
             elif found := _records(self.dir):
-                raise ConfigError(
-                    f"{self.dir}: holds records of a run ({', '.join(found)}) and no checkpoint to "
-                    "continue it from; expected an empty "
-                    f"directory or a run. Choose another --run.dir, or move {self.dir} away if the "
-                    "records may go"
-                )
+                self._restart(found, config.run.restart)
             elif config.run.resume:
                 _log.warning(
                     "%s: no complete checkpoint to resume from, so the run starts from the "
                     "beginning",
                     self.dir,
                 )
+            for name in RESULTS:
+                clear_remains(self.dir / name)
+                check_replaceable(self.dir / name)
+            once = {"restart": False, "accept_changes": False}  # each is for one start alone
+            current["config"]["run"] |= once
             write_file(self.dir / "config.json", _json(current))
         except BaseException:
             self._lock.release()
             raise
 
-    def _check_unchanged(self, current: dict[str, Any], config: Any) -> None:
+    def _restart(self, found: list[str], wanted: bool) -> None:
+        """Move the records of a run that cannot be continued out of the way, if that is wanted."""
+        if not wanted:
+            raise ConfigError(
+                f"{self.dir}: holds records of a run ({', '.join(found)}) and no checkpoint to "
+                "continue it from; expected an empty "
+                f"directory or a run. Choose another --run.dir, or move {self.dir} away if the "
+                "records may go; --run.restart true moves them into a directory in it, and begins "
+                "anew"
+            )
+        self.notes.append(
+            f"{', '.join(found)} of a run without a checkpoint to continue from: moved to "
+            f"{set_aside(self.dir)}; beginning anew"
+        )
+
+    def _check_unchanged(self, step: int, current: dict[str, Any], config: Any) -> None:
+        """Compare what the run was started with and what it is resumed with.
+
+        Raises:
+            ConfigError: what decides the result differs, and changes are not accepted.
+        """
+        saved, differences, told = self._differences(current, config)
+        if differences and not config.run.accept_changes:
+            heading = (
+                f"{self.dir}: resumed with another configuration or other files; undo these "
+                "changes, start in another --run.dir, or go on with them by "
+                "--run.accept_changes true"
+            )
+            raise ConfigError("\n  ".join([heading, *differences]))
+        if changed := [*differences, *told]:
+            path = self.dir / CHANGES
+            before = path.read_bytes() if path.is_file() else b""
+            line = json.dumps({"step": step, "changed": changed}) + "\n"
+            write_file(path, before + line.encode())
+            self.notes += [f"from step {step + 1} on, {one}" for one in changed]
+        if note := _schedules(saved["config"], current["config"]):
+            self.notes.append(note)
+
+    def _differences(
+        self, current: dict[str, Any], config: Any
+    ) -> tuple[dict[str, Any], list[str], list[str]]:
+        """Return config.json, what in it differs from the current run, and what of that is only
+        told of."""
         path = self.dir / "config.json"
         read = {
             "data_sha256": f"{config.data} holds other data than before: ",
@@ -508,24 +591,26 @@ class RunDirectory:
                 )
             differences = config_diff(saved["config"], current["config"])
             differences += [
-                f"{read.get(key, '')}{key}: {saved[key]} -> {current[key]}"
-                for key in current
-                if key != "config" and saved[key] != current[key]
+                f"{read[key]}{key}: {saved[key]} -> {current[key]}"
+                for key in read
+                if saved[key] != current[key]
             ]
+            # older versions wrote no digests of these
+            differences += changed_files(saved.get("files", {}), current["files"])
+            return saved, differences, changed_files(saved.get("told", {}), current["told"])
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise SetupError(
+                f"{path}: cannot be read ({error.strerror or error}), so what the run was started "
+                "with is not known; mend that, or start in another --run.dir"
+            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was "
-                "started with is not known; "
+                f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}), so what the "
+                "run was started with is not known; "
                 "start in another --run.dir"
             ) from error
-        if differences:
-            heading = (
-                f"{self.dir}: resumed with another configuration; undo these changes, or "
-                "start in another --run.dir"
-            )
-            raise ConfigError("\n  ".join([heading, *differences]))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -534,19 +619,37 @@ class RunDirectory:
         self._lock.release()
 
 
+def _schedules(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Return what to say if the number of steps changed and a schedule depends on it."""
+    old, new = flat(saved), flat(current)
+    before, now = old.get("steps"), new.get("steps")
+    falling = [
+        key
+        for key, value in new.items()
+        if value == "linear"
+        and (key == "optim.schedule" or (key == "trpo.schedule" and new["objective"] == "trpo"))
+    ]
+    if before == now or before is None or not falling:
+        return ""
+    return (
+        f"steps: {before} -> {now}, and {', '.join(falling)} is linear to zero at the last step, "
+        f"so that from here on it is that of a run of {now} steps, and the run is not the same as "
+        f"one that was started with {now}"
+    )
+
+
 def _records(run_dir: Path) -> list[str]:
     """Return the remains of an earlier run that a new one would overwrite: steps in metrics.jsonl,
     checkpoints that do not verify, a model."""
+    names = {entry.name for entry in os.scandir(run_dir)}
     lines = (
-        (run_dir / "metrics.jsonl").read_bytes().splitlines()
-        if (run_dir / "metrics.jsonl").is_file()
-        else []
+        (run_dir / "metrics.jsonl").read_bytes().splitlines() if "metrics.jsonl" in names else []
     )
     # lines of step 0 precede the first training step, so nothing is lost with them
     found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
     root = run_dir / "checkpoints"
-    found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if root.is_dir() else []
-    return found + [name for name in ("model", "adapter", "critic") if (run_dir / name).exists()]
+    found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if _is_directory(root) else []
+    return found + [name for name in RESULTS if name in names]
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import platform
+import stat
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from fusedrl.engine.base.errors import ConfigError, SetupError
 
@@ -22,7 +26,8 @@ class RunLock:
 
     Raises:
         SetupError: another live process owns the directory; the message names its pid and host.
-        ConfigError: the path, or a directory on the way to it, is a file.
+        ConfigError: the path, or a directory on the way to it, is a file; or the lock is a link or
+            a special file.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -42,27 +47,32 @@ class RunLock:
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
+            self._file = _open_lock(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise SetupError(
                 f"{run_dir}: the directory of the run cannot be written ({error.strerror}: "
                 f"{error.filename}); choose another --run.dir, or change the rights there"
             ) from error
         if not _locked(self._file):
-            self._file.seek(0)
-            holder = self._file.read().strip() or "an unknown process"
+            holder = self._file.read(1000).decode("utf-8", "replace").strip()
             self._file.close()
             raise SetupError(
-                f"{run_dir}: another run writes here ({holder}); wait for it, stop it, or choose "
-                "another --run.dir"
+                f"{run_dir}: another run writes here ({holder or 'an unknown process'}); wait for "
+                "it, stop it, or choose another --run.dir"
             )
+        _held.add(self)
         self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on host {platform.node()}\n")
-        self._file.flush()
+        self._file.write(f"pid {os.getpid()} on host {platform.node()}\n".encode())
 
     def release(self) -> None:
         """Let other processes write to the directory. The lock file stays: deleting it would let
         two processes lock two files of the same name."""
+        _held.discard(self)
+        self._file.close()
+
+    def forget(self) -> None:
+        """Close this process's copy of the lock, in a child that was forked. The parent still holds
+        it, and the child no longer keeps it when the parent dies."""
         self._file.close()
 
     def __enter__(self) -> RunLock:
@@ -72,7 +82,43 @@ class RunLock:
         self.release()
 
 
-def _locked(file: TextIO) -> bool:
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    for lock in list(_held):
+        lock.forget()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _open_lock(path: Path, flags: int) -> BinaryIO:
+    """Open a lock without following a link, and without waiting for the other end of a pipe.
+
+    Raises:
+        ConfigError: it is a link or no regular file, so that writing to it would change another.
+    """
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        file: BinaryIO = os.fdopen(
+            os.open(path, flags, 0o666), "r+b" if flags & os.O_RDWR else "rb", buffering=0
+        )
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise
+    raise ConfigError(
+        f"{path}: expected a regular file, which a run locks and writes to, got "
+        f"{'a symbolic link' if path.is_symlink() else 'a special file'}; delete it, or choose "
+        "another --run.dir"
+    )
+
+
+def _locked(file: BinaryIO) -> bool:
     """Lock a file unless another process has locked it. Who only looks at the lock (`is_locked`)
     holds it for an instant, so this tries again for a while."""
     began = time.monotonic()
@@ -89,13 +135,27 @@ def _locked(file: TextIO) -> bool:
 def is_locked(run_dir: str | Path) -> bool:
     """Whether a live process owns the run directory."""
     try:
-        with open(Path(run_dir) / "lock", "rb") as file:
+        with _open_lock(Path(run_dir) / "lock", os.O_RDONLY) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, ConfigError):
         return False
     return False
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Move everything in a run directory but the lock into a new directory in it, aside-1 or the
+    next number that is free, and return that directory. Earlier ones stay where they are."""
+    number = next(n for n in itertools.count(1) if not (run_dir / f"aside-{n}").exists())
+    target = run_dir / f"aside-{number}"
+    target.mkdir()
+    for path in sorted(run_dir.iterdir()):
+        if path.name != "lock" and not path.name.startswith("aside-"):
+            path.rename(target / path.name)
+    sync_directory(target)
+    sync_directory(run_dir)
+    return target
 
 
 def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:

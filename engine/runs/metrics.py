@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from fusedrl.engine.runs.files import write_file
+
+Written = dict[str, int]
 
 
 class JsonLines:
@@ -44,6 +48,7 @@ class JsonLines:
             if resume_step is not None and (row := _row(line)) and row["step"] <= resume_step
         ]
         self.last: dict[str, Any] | None = json.loads(kept[-1]) if kept else None
+        self._steps = array("q", [row["step"] for line in kept if (row := _row(line))])
         self._file: TextIO | None = None
         if write:
             write_file(self.path, b"".join(kept))
@@ -56,6 +61,19 @@ class JsonLines:
         if self._file is not None:
             self._file.write(line)
             self._file.flush()
+            self._steps.append(row["step"])
+
+    def sync(self, step: int) -> Written:
+        """Flush the lines to the disk, and return what was written up to this step, which a
+        checkpoint keeps."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return self.written(step)
+
+    def written(self, step: int) -> Written:
+        """Return the number of lines up to a step, and the last of their steps (-1: none)."""
+        steps = [one for one in self._steps if one <= step]
+        return {"lines": len(steps), "last": steps[-1] if steps else -1}
 
     def __enter__(self) -> Self:
         return self
@@ -69,8 +87,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """Return the object of a complete line with a step; None for any other line."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else {}
-        return row if row["step"] <= sys.maxsize else None
-    except (ValueError, KeyError, TypeError):
+        step = row["step"]
+        return row if isinstance(step, int) and abs(step) <= sys.maxsize else None
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -90,12 +109,14 @@ class Metrics:
         run_dir: the run directory; created if needed.
         resume_step: the step of the checkpoint that the run continues from, or None for a new run.
         write: False if another process writes the file.
+    Attributes:
+        lines: the file.
     """
 
     def __init__(
         self, run_dir: str | Path, *, resume_step: int | None = None, write: bool = True
     ) -> None:
-        self._lines = JsonLines(
+        self.lines = JsonLines(
             Path(run_dir) / "metrics.jsonl", resume_step=resume_step, write=write
         )
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -107,7 +128,7 @@ class Metrics:
             f"timing/{name}": seconds for name, seconds in self._seconds.items()
         }
         self._seconds.clear()
-        self._lines.append(
+        self.lines.append(
             {"step": step}
             | {name: value if math.isfinite(value) else None for name, value in record.items()}
         )
@@ -118,7 +139,7 @@ class Metrics:
         run."""
         return {
             name: math.nan if value is None else value
-            for name, value in (self._lines.last or {}).items()
+            for name, value in (self.lines.last or {}).items()
             if name != "step"
         }
 
@@ -135,4 +156,4 @@ class Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lines.__exit__(*error)
+        self.lines.__exit__(*error)

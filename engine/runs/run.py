@@ -5,6 +5,7 @@ All five stages use it.
 <run>/metrics.jsonl        one line a step
 <run>/samples.jsonl        some completions of every step (policy runs)
 <run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (watch/monitor.py)
+<run>/changes.jsonl        what changed between one start and the next (run.accept_changes)
 <run>/status.json          running, finished, interrupted or failed, and of how many steps
 <run>/checkpoints/         complete, verified states to resume from
 <run>/model/               the result, loadable by transformers
@@ -37,6 +38,7 @@ from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.ranks import ALONE, Ranks, versions
 from fusedrl.engine.runs.cautions import Cautions
 from fusedrl.engine.runs.checkpoint import (
+    Checkpoint,
     RunDirectory,
     config_to_dict,
     identity,
@@ -47,7 +49,7 @@ from fusedrl.engine.runs.columns import columns_of
 from fusedrl.engine.runs.facts import dtype_of, facts_of
 from fusedrl.engine.runs.files import flat
 from fusedrl.engine.runs.loggers import TABLES_EVERY, Reporter, RunInfo
-from fusedrl.engine.runs.metrics import JsonLines, Metrics, read_rows
+from fusedrl.engine.runs.metrics import JsonLines, Metrics, Written, read_rows
 from fusedrl.engine.runs.peaks import Peaks
 from fusedrl.engine.runs.saving import Parts, Saver
 from fusedrl.engine.runs.status import write_status
@@ -97,6 +99,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._tokens = 0.0  # of all steps
         self._peaks = Peaks()
         self._saver: Saver | None = None
+        self._lines: dict[str, JsonLines] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -109,6 +112,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.metrics = stack.enter_context(
                 Metrics(self.directory, resume_step=self.start or None, write=self.ranks.first)
             )
+            self._lines["metrics.jsonl"] = self.metrics.lines
             self._samples = self.lines("samples.jsonl")
             if self.ranks.first:
                 self.ranks.meet("the files of the run")
@@ -130,12 +134,14 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _open(self) -> None:
         """Open the directory on the first rank, and find the checkpoint to continue from."""
         ranks, self.directory = self.ranks, Path(self.settings.dir)
-        if ranks.size == 1:
-            self._checkpoint = self._stack.enter_context(RunDirectory(self._config)).checkpoint
-            return
-        ranks.same("run", flat(identity(self._config)) | versions())
+        if ranks.size > 1:
+            ranks.same("run", flat(identity(self._config)) | versions())
         owned = self._stack.enter_context(RunDirectory(self._config)) if ranks.first else None
         self._checkpoint = None if owned is None else owned.checkpoint
+        for note in () if owned is None else owned.notes:
+            self.message(note)
+        if ranks.size == 1:
+            return
         step = None if self._checkpoint is None else self._checkpoint.step
         path = None if self._checkpoint is None else str(self._checkpoint.path)
         step, path = ranks.gather("checkpoint to go on from", [step, path])[0]
@@ -282,8 +288,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if checkpoint is not None:
             found.load(checkpoint)
             self._skipped_before = int(checkpoint.state["skipped_updates"])
+            self._tell_lost(checkpoint)
         self._saver, self._checkpoint = (
-            Saver(self.directory, self.settings, found, checkpoint, self._skipped, self.ranks),
+            Saver(
+                self.directory,
+                self.settings,
+                found,
+                checkpoint,
+                self._skipped,
+                self.ranks,
+                self._sync,
+            ),
             None,
         )
         if self.ranks.first:
@@ -301,6 +316,23 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.message(f"{self.directory}: {where}")
         self._show(found.model)
         self._step_began = time.perf_counter()
+
+    def _sync(self, step: int) -> dict[str, Written]:
+        """Flush all files of lines to the disk; return what is in them up to a step."""
+        return {name: lines.sync(step) for name, lines in self._lines.items()}
+
+    def _tell_lost(self, checkpoint: Checkpoint) -> None:
+        """Say which files of lines have lost some that were written before the checkpoint."""
+        for name, saved in checkpoint.state.get("lines", {}).items():
+            there = self._lines[name] if name in self._lines else self.lines(name)
+            found = there.written(checkpoint.step)
+            if self.ranks.first and found != saved:
+                self.message(
+                    f"{there.path}: expected {saved['lines']} lines up to step {saved['last']}, "
+                    f"as when step {checkpoint.step} was saved, got {found['lines']} up to step "
+                    f"{found['last']}; they were lost or edited since. Training goes on from the "
+                    "checkpoint as before"
+                )
 
     def _show(self, learner: Learner) -> None:
         """Begin to show the run, which trains the model of this learner."""
@@ -423,9 +455,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def lines(self, name: str) -> JsonLines:
         """Open another file of JSON lines in the run directory. When the run resumes, lines after
         the checkpoint are removed, as in metrics.jsonl."""
-        return self._stack.enter_context(
-            JsonLines(self.directory / name, resume_step=self.start or None, write=self.ranks.first)
-        )
+        if name not in self._lines:
+            file = JsonLines(
+                self.directory / name, resume_step=self.start or None, write=self.ranks.first
+            )
+            self._lines[name] = self._stack.enter_context(file)
+        return self._lines[name]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics.jsonl, and update the progress display. The line is numbered by

@@ -12,7 +12,7 @@ half-way through an update cannot.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -146,6 +146,8 @@ class Saver:
             beginning.
         skipped: number of updates skipped so far.
         ranks: ranks of the run.
+        sync: function of a step that flushes the run's files of lines to the disk and returns what
+            is in them up to that step; it is kept in the checkpoint as "lines".
     Attributes:
         saved: newest checkpoint, as (step, directory), or None.
         best: the best step so far by `run.keep_best`; its checkpoint is kept.
@@ -159,9 +161,10 @@ class Saver:
         checkpoint: Checkpoint | None,
         skipped: int,
         ranks: Ranks = ALONE,
+        sync: Callable[[int], Mapping[str, Any]] = lambda step: {},
     ) -> None:
         self._directory, self._settings, self._parts = directory, settings, parts
-        self._ranks = ranks
+        self._ranks, self._sync = ranks, sync
         self.saved = None if checkpoint is None else (checkpoint.step, checkpoint.path)
         self.saving = False
         self.best = Best(settings.keep_best)
@@ -231,7 +234,8 @@ class Saver:
                 self._directory,
                 self.step,
                 tensors,
-                self._completed.state,
+                # lines that came before a checkpoint must not be lost where it is not
+                self._completed.state | {"lines": dict(self._sync(self.step))},
                 keep=self._settings.keep,
                 spare=() if self.best.step is None else (self.best.step,),
                 shares=shares,

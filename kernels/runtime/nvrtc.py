@@ -175,7 +175,8 @@ def cached_cubin(
     source: str, options: tuple[str, ...], architecture: str, cache: Path | None = None
 ) -> bytes:
     """Return the result of `compile_cubin`, from `cache` if it is there (~/.cache/fusedrl/cuda by
-    default). If the cache cannot be written, warn, and compile once per process."""
+    default). A file there begins with the SHA-256 of the rest, and one that was cut or damaged is
+    compiled again. If the cache cannot be written, warn, and compile once per process."""
     folder = source_folder()
     parts = [
         str(_check("nvrtcVersion", _bindings()[0].nvrtcVersion())),
@@ -188,15 +189,12 @@ def cached_cubin(
     path = (
         cache or Path.home() / ".cache" / "fusedrl" / "cuda"
     ) / f"{Path(source).stem}-{architecture}-{key[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        cubin = compile_cubin(source, options, architecture)
+    if (kept := _whole(path)) is not None:
+        return kept
+    cubin = compile_cubin(source, options, architecture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)  # atomic: a reader sees the whole file or none
+        _write_whole(path, cubin)
     except OSError as error:
         warnings.warn(
             f"{path.parent} cannot be written ({error}): CUDA kernels are compiled again in every "
@@ -204,6 +202,30 @@ def cached_cubin(
             stacklevel=2,
         )
     return cubin
+
+
+def _whole(path: Path) -> bytes | None:
+    """Return what `_write_whole` wrote; None if it is not there, or not as it was written."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = kept[:32], kept[32:]
+    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _write_whole(path: Path, cubin: bytes) -> None:
+    """Replace a file by the SHA-256 of some bytes and the bytes: a reader sees all of it or none,
+    and after a power loss `_whole` tells which."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp_", delete=False) as file:
+        try:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 # ---- the launch ----------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The CUDA C++ sources compile for every GPU with no GPU at hand, by nvcc and by NVRTC, where those
 are, and spill on none."""
 
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -104,7 +106,7 @@ def test_cache(tmp_path):
     arguments = ("logprob.cu", ("-DDTYPE=0", "-DKEPT=0"), "sm_90", tmp_path / "cache")
     first = nvrtc.cached_cubin(*arguments)
     (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(b"kept")
+    nvrtc._write_whole(file, b"kept")
     assert nvrtc.cached_cubin(*arguments) == b"kept"
     assert (
         nvrtc.cached_cubin("logprob.cu", ("-DDTYPE=1", "-DKEPT=0"), "sm_90", tmp_path / "cache")
@@ -113,6 +115,36 @@ def test_cache(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="compiled again in every process"):
         assert nvrtc.cached_cubin(*arguments[:3], tmp_path / "file" / "cache") == first
+
+
+def test_what_a_power_loss_left_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
+    _needs_nvrtc()
+    compiled = []
+    monkeypatch.setattr(
+        nvrtc, "compile_cubin", lambda *given: compiled.append(given) or b"\x7fELF" + bytes(99)
+    )
+    arguments = ("logprob.cu", (), "sm_90", tmp_path)
+    whole = nvrtc.cached_cubin(*arguments)
+    (file,) = tmp_path.iterdir()
+    kept = file.read_bytes()
+    damage = (b"", kept[:10], kept[:32], kept[:-1], kept + b"x", bytes(len(kept)), whole)
+    for content in damage:
+        file.write_bytes(content)
+        assert nvrtc.cached_cubin(*arguments) == whole
+        assert file.read_bytes() == kept
+    assert len(compiled) == 1 + len(damage)
+    assert nvrtc.cached_cubin(*arguments) == whole
+    assert len(compiled) == 1 + len(damage)
+
+
+def test_a_cache_that_cannot_be_written_leaves_no_litter(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        nvrtc._write_whole(tmp_path / "x.cubin", b"cubin")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_refusal_shows_the_log():

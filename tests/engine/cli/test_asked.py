@@ -265,7 +265,7 @@ def test_values_as_people_write_them(tmp_path):
         (b"model: 2001-99-99\n", "not YAML: month must be"),
         (b"", "an empty file"),
         (b"optim: {lr: .inf}\n", "expected a number, got Infinity"),
-        (b"a: &a [*a]\n", "unknown key 'a'"),
+        (b"a: &a [*a]\n", ":1: expected options, got an alias that stands for itself"),
         (b"optim: [1]\n", "got list"),
     ],
 )

@@ -11,7 +11,7 @@ from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.base.ordering import data_order
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import load_prompts
-from fusedrl.engine.runs.checkpoint import data_digest, file_digest
+from fusedrl.engine.runs.inputs import data_digest, file_digest
 
 
 def _mixture(sizes, weights=None):

@@ -89,3 +89,25 @@ def test_json_lines_refuse_what_json_has_not(tmp_path):
         lines.append({"step": 1, "text": "a\nb\u2028€"})
     with JsonLines(tmp_path / "samples.jsonl", resume_step=1) as lines:
         assert lines.last == {"step": 1, "text": "a\nb\u2028€"}
+
+
+def test_what_was_written_up_to_a_step(tmp_path):
+    with JsonLines(tmp_path / "x.jsonl") as lines:
+        assert lines.written(5) == {"lines": 0, "last": -1}
+        for step in (0, 1, 1, 3):
+            lines.append({"step": step})
+        assert lines.sync(1) == {"lines": 3, "last": 1}
+        assert lines.sync(2) == {"lines": 3, "last": 1}
+        assert lines.written(9) == {"lines": 4, "last": 3}
+    with JsonLines(tmp_path / "x.jsonl", resume_step=1) as lines:
+        assert lines.written(9) == {"lines": 3, "last": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 1.5}', '{"step": true, "a": 1', '{"step": "1"}', '{"step": 1e999}', "[" * 9999],
+)
+def test_lines_of_others_are_no_steps(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text('{"step": 1}\n' + line + "\n")
+    with JsonLines(tmp_path / "x.jsonl", resume_step=4) as lines:
+        assert lines.written(4) == {"lines": 1, "last": 1}
