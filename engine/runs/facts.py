@@ -37,7 +37,17 @@ def facts_of(
         ("device", _device(learner.device, dtype_of(learner), ranks)),
         ("kernels", kernels_on(learner.device)),
         ("memory", _memory(config, learner, ranks)),
+        *_workers(config),
     ]
+
+
+def _workers(config: StageConfig) -> list[tuple[str, str]]:
+    """Say, of a run with worker processes, how many call its rewards."""
+    if not isinstance(config, SamplingConfig) or not config.reward_workers:
+        return []
+    count, seconds = config.reward_workers, config.reward_timeout
+    processes = f"{count} worker process{'es' if count > 1 else ''}"
+    return [("rewards", f"functions in {processes}, at most {seconds:g} s a call")]
 
 
 def dtype_of(learner: Learner) -> str:

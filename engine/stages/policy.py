@@ -57,6 +57,7 @@ from fusedrl.engine.policy.objectives import (
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
+from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
@@ -102,7 +103,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     seed_generators(config.run.seed)
     parts = _load(config, needs, ranks)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
-    with Run(config, config.steps, ranks) as run:
+    with parts.workers, Run(config, config.steps, ranks) as run:
         _announce(config, needs, run)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
@@ -165,6 +166,7 @@ class _Parts:
     reference: Reference | None
     rewards: RewardSet
     gold: RewardSet | None
+    workers: Workers
     learner: Learner
     critic: TrainedCritic | None
     control: Control
@@ -241,7 +243,10 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
-    load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
+    workers = Workers(config.reward_workers, config.reward_timeout)
+    load = partial(
+        load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer, workers=workers
+    )
     rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
     gold = [load(spec) for spec in config.monitor_reward]
     return _Parts(
@@ -249,6 +254,7 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
         reference,
         rewards,
         RewardSet(gold, ranks=ranks) if gold else None,
+        workers,
         Learner(actor, config.optim, ranks=ranks),
         critic_of(config, actor),
         Control(config),

@@ -24,6 +24,7 @@ from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
+from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
@@ -72,10 +73,13 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
+    workers = Workers(config.reward_workers, config.reward_timeout)
+    load = partial(
+        load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer, workers=workers
+    )
     rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
     learner = Learner(actor, config.optim, ranks=ranks)
-    with Run(config, config.steps, ranks) as run:
+    with workers, Run(config, config.steps, ranks) as run:
         prompts = read_prompts(config, actor, run)
         longest = longest_of(prompts)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
