@@ -19,6 +19,7 @@ from fusedrl.engine.cli.models import (
     load_rewards,
     sampling_options,
     stop_option,
+    worker_options,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="of --best_of: file.py:function, a reward model or a ready reward; repeatable",
     )
+    worker_options(parser)
     device_options(parser)
 
 
@@ -218,7 +220,7 @@ def _generate_best(actor: HybridActor, options: argparse.Namespace) -> None:
     found = best_of_n(
         actor,
         [PromptExample(prompt) for prompt in options.prompt],
-        load_rewards(options.reward, [actor]),
+        load_rewards(options, [actor]),
         options.best_of,
         generation_of(options),
         options.seed,

@@ -17,6 +17,7 @@ from fusedrl.engine.cli.models import (
     sampling_options,
     some,
     stop_option,
+    worker_options,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
         help="file.py:function, a reward model or a ready reward: the higher score wins; "
         "repeatable, then their sum",
     )
+    worker_options(judge)
     judge.add_argument(
         "--n", type=count, default=1, help="pairs of each prompt (default: %(default)s)"
     )
@@ -91,7 +93,7 @@ def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
     examples = load_prompts(options.data)
     actors = [load_actor(path, options, ranks) for path in (options.a, options.b)]
     by_reward = judge is None
-    judge = judge or RewardJudge(load_rewards(options.reward, actors, ranks))
+    judge = judge or RewardJudge(load_rewards(options, actors, ranks))
     examples = some(actors, examples, options)
     total = len(examples)
     # request ids that differ, so that samples differ even if both models are the same

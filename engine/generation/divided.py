@@ -45,7 +45,9 @@ def divided(
     one = params if isinstance(params, SamplingParams) else SamplingParams()
     each = list(params) if isinstance(params, Sequence) else [one] * len(prompts)
     if not len(ids) == len(each) == len(prompts):
-        return generate(prompts, params, request_ids, None)  # raises the error that says what is wrong
+        return generate(
+            prompts, params, request_ids, None
+        )  # raises the error that says what is wrong
     costs = [
         (p.max_new_tokens + len(prompt)) * p.n for prompt, p in zip(prompts, each, strict=True)
     ]

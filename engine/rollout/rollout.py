@@ -255,9 +255,7 @@ def _generate(
         for completion in group
     ]
     actor.activity.begin(f"rewarding {len(flat)} completions")
-    scored = _score(
-        rewards, flat, ahead=ahead, most_lost=config.max_invalid_fraction * len(flat)
-    )
+    scored = _score(rewards, flat, ahead=ahead, most_lost=config.max_invalid_fraction * len(flat))
     best = [0.0] * len(prompts)
     if greedy:
         single = actor.generate(
