@@ -50,7 +50,7 @@ class WorkerReward:
         Raises:
             RewardError: a column is missing, or holds what is no JSON value.
         """
-        digest = hashlib.sha256(json.dumps([*key, self.name]).encode()).digest()
+        digest = hashlib.sha256(json.dumps([*key, self.name, self._which]).encode()).digest()
         count = len(rollout.completions)
         request = {
             "which": self._which,
@@ -104,9 +104,6 @@ class Ahead:
         self._calls: dict[int, dict[str, Future[dict[str, Any]]]] = {}
         self._asked: dict[int, tuple[Rollout, Key]] = {}
 
-    def __contains__(self, index: int) -> bool:
-        return index in self._calls
-
     def add(self, index: int, one: Rollout, key: Key) -> None:
         """Ask for the values of completion number `index`, the only one of the rollout `one`."""
         self._asked[index] = one, key
@@ -127,7 +124,8 @@ class Ahead:
             index, name = owners[call]
             if (reason := call.result().get("lost")) is not None:
                 count += 1
-                lost.setdefault(index, f"sample {index}, by {name}: {reason}")
+                place = self.rewards[name].place
+                lost.setdefault(index, f"sample {index}, by {name} ({place}): {reason}")
             if len(lost) > most:
                 raise RewardError(_too_many(lost, len(self._calls)))
         waited = time.perf_counter() - began
