@@ -434,7 +434,7 @@ class _Process:
     # ---- its end
     @property
     def deadline(self) -> float:
-        """When it is late: with a request, with loading, or with its end."""
+        """Time at which it is late: with a request, with loading, or with its end."""
         if self._ending is not None:
             return self._ending
         times = [request.deadline for request in self.requests.values()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,11 +24,20 @@ from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, RunConfig
+from fusedrl.engine.config.base import SamplingConfig
 from fusedrl.engine.generation.generator import Finished
 from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.rewards.functions import Reward
 from fusedrl.engine.rewards.functions import Rollout as Scorable
+from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.remote import Key
-from fusedrl.engine.rewards.rewards import RewardError, RewardScores, RewardSet, moved_rewards
+from fusedrl.engine.rewards.rewards import (
+    RewardError,
+    RewardScores,
+    RewardSet,
+    load_reward,
+    moved_rewards,
+)
 from fusedrl.engine.rollout.repetition import (
     distinct_share,
     ends_in_loop,
@@ -100,6 +110,16 @@ class Rollout:
             "completions/length": np.array(lengths, dtype=np.float64),
             "reward": self.batch.column("scores").double().cpu().numpy(),
         }
+
+
+def reward_loader(
+    config: SamplingConfig, actor: HybridActor
+) -> tuple[Workers, Callable[[str], Reward]]:
+    """Return a configuration's worker processes, which a `with` starts, and what loads a reward of
+    the actor's completions, to run there if it is a function."""
+    workers = Workers(config.reward_workers, config.reward_timeout)
+    place = {"device": actor.decoder.device, "tokenizer": actor.tokenizer}
+    return workers, partial(load_reward, **place, workers=workers)
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:

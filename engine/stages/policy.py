@@ -58,11 +58,11 @@ from fusedrl.engine.policy.objectives import (
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
 from fusedrl.engine.rewards.pool import Workers
-from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
-from fusedrl.engine.rollout.rollout import Prompt, rollout
+from fusedrl.engine.rollout.rollout import Prompt, reward_loader, rollout
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for, demand_of
@@ -156,10 +156,9 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
 # ---- before the first step -----------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Parts:
-    """The models of a run, their learners, and the state that is carried from step to step.
-
-    gold: rewards that are only measured, not trained on. scores_first: whether old
-    log-probabilities, values or the KL are needed before the update.
+    """The models of a run, their learners, and the state that is carried from step to step. gold:
+    rewards that are only measured, not trained on. scores_first: whether old log-probabilities,
+    values or the KL are needed before the update.
     """
 
     actor: HybridActor
@@ -243,10 +242,7 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
-    workers = Workers(config.reward_workers, config.reward_timeout)
-    load = partial(
-        load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer, workers=workers
-    )
+    workers, load = reward_loader(config, actor)
     rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
     gold = [load(spec) for spec in config.monitor_reward]
     return _Parts(
