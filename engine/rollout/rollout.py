@@ -118,8 +118,10 @@ def reward_loader(
     """Return a configuration's worker processes, which a `with` starts, and what loads a reward of
     the actor's completions, to run there if it is a function."""
     workers = Workers(config.reward_workers, config.reward_timeout)
-    place = {"device": actor.decoder.device, "tokenizer": actor.tokenizer}
-    return workers, partial(load_reward, **place, workers=workers)
+    load = partial(
+        load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer, workers=workers
+    )
+    return workers, load
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
