@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +228,7 @@ class HybridActor:
         prompts: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_ids: Sequence[int] | None = None,
+        finished: Callable[[Finished], None] | None = None,
     ) -> list[list[Completion]]:
         """Generate completions of prompts.
 
@@ -240,6 +241,8 @@ class HybridActor:
             params: one SamplingParams for all prompts, or one per prompt; None uses its defaults.
             request_ids: one integer per prompt, by default the prompt's index. Each random draw
                 depends only on (seed, request id, sample index, position) and the logits.
+            finished: called with each completion as soon as it finishes; of several ranks each
+                calls it with its own. It must not change the weights.
         Returns:
             One list per prompt, with the prompt's n completions.
         Raises:
@@ -249,22 +252,24 @@ class HybridActor:
                 differ.
         """
         if self.ranks.size > 1:
-            return divided(self.ranks, self._generate, prompts, params, request_ids)
-        return self._generate(prompts, params, request_ids)
+            return divided(self.ranks, self._generate, prompts, params, request_ids, finished)
+        return self._generate(prompts, params, request_ids, finished)
 
     def _generate(
         self,
         prompts: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams] | None,
         request_ids: Sequence[int] | None,
+        finished: Callable[[Finished], None] | None,
     ) -> list[list[Completion]]:
-        found = sorted(
-            self._run(prompts, params, request_ids, to_caller=False),
-            key=lambda finished: finished[:2],
-        )
+        found = []
+        for one in self._run(prompts, params, request_ids, to_caller=False):
+            found.append(one)
+            if finished is not None:
+                finished(one)
         outs: list[list[Completion]] = [[] for _ in range(len(prompts))]
-        for finished in found:
-            outs[finished.prompt].append(finished.completion)
+        for one in sorted(found, key=lambda one: one[:2]):
+            outs[one.prompt].append(one.completion)
         return outs
 
     def stream(

@@ -25,6 +25,8 @@ from fusedrl.engine.cli.models import (
     sampling_options,
     some,
     stop_option,
+    worker_options,
+    workers_of,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from fusedrl.engine.parallel.ranks import Ranks
     from fusedrl.engine.watch.reward_check import Sample
 
+_FOREVER = 1e9  # seconds
 _SPEC = (
     "file.py:function, the directory of a reward model, or a ready reward such as exact_match or "
     "length:target=200"
@@ -75,6 +78,7 @@ def _eval_options(commands: argparse._SubParsersAction[Parser]) -> None:
         "--n", type=count, default=1, help="completions of each prompt (default: %(default)s)"
     )
     rows_option(one)
+    worker_options(one)
     sampling_options(one)
     stop_option(one)
     device_options(one, several=True)
@@ -117,7 +121,7 @@ def _evaluated(options: argparse.Namespace, ranks: Ranks) -> None:
     readers = actors + ([reference] if reference is not None else [])
     if reference is not None:
         _check_reference(reference, actors, options.reference)
-    rewards = {"reward": load_rewards(functions, actors, ranks)}
+    rewards = {"reward": load_rewards(functions, options, actors, ranks)}
     examples = some(readers, everything, options)
     found = []
     for number, (name, actor) in enumerate(zip(names, actors, strict=True)):
@@ -224,6 +228,7 @@ def _check_options(commands: argparse._SubParsersAction[Parser]) -> None:
         help="of one call, which has failed then; 0: none (default: %(default)g)",
     )
     rows_option(one)
+    worker_options(one, timeout=False)
     sampling_options(one)
     stop_option(one)
     device_options(one)
@@ -245,7 +250,8 @@ def _check(options: argparse.Namespace) -> None:
     # answered rows have columns of their own
     functions = load_functions(specs, *([options.data] if options.model else []))
     tokenizer, samples = _generated(options) if options.model else _given(options)
-    load = partial(load_reward, device=options.device, tokenizer=tokenizer)
+    workers = workers_of(options, options.timeout or _FOREVER)
+    load = partial(load_reward, device=options.device, tokenizer=tokenizer, workers=workers)
     reward, *others = map(load, functions)
     against = others[0] if others else None
     for one in (reward, against):
@@ -255,7 +261,11 @@ def _check(options: argparse.Namespace) -> None:
                 "give --model DIR"
             )
     found = check_reward(
-        reward, samples, against=against, batch=options.batch, limit=options.timeout
+        reward,
+        samples,
+        against=against,
+        batch=options.batch,
+        limit=0.0 if workers.processes else options.timeout,  # of processes it is their own
     )
 
     def shown() -> None:
@@ -272,7 +282,7 @@ def _check(options: argparse.Namespace) -> None:
 def _reads_ids(reward: Any) -> bool:
     """Whether a reward is a function with a parameter for token ids, as far as its signature and,
     of a ready reward, its options tell."""
-    function = getattr(reward, "function", None)
+    function = getattr(getattr(reward, "reward", reward), "function", None)
     if function is None:
         return False
     inner, own = getattr(function, "function", function), getattr(function, "options", {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -20,6 +20,7 @@ from fusedrl.engine.cli.models import (
     rows_option,
     sampling_options,
     stop_option,
+    worker_options,
 )
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="of --best_of: file.py:function, a reward model or a ready reward; repeatable",
     )
+    worker_options(parser)
     device_options(parser)
 
 
@@ -87,15 +89,16 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.greedy:
         options.temperature = 0.0
     params = params_of(generation_of(options), n=options.n, seed=options.seed)
+    functions: Sequence[Any] = ()
     if options.reward is not None:
         from fusedrl.engine.rewards.rewards import load_functions
 
-        options.reward = load_functions(options.reward)
+        functions = load_functions(options.reward)
     actor = load_actor(options.model, options)
     if options.adapter is not None:
         actor.load_adapter(options.adapter)
     if options.best_of is not None:
-        _generate_best(actor, options)
+        _generate_best(actor, options, functions)
         return
     if options.data is not None:
         _generate_file(actor, options, params)
@@ -218,14 +221,16 @@ def _settings(
     } | sampling_settings(params)
 
 
-def _generate_best(actor: HybridActor, options: argparse.Namespace) -> None:
+def _generate_best(
+    actor: HybridActor, options: argparse.Namespace, functions: Sequence[Any]
+) -> None:
     from fusedrl.engine.data.records import PromptExample
     from fusedrl.engine.rollout.best_of_n import best_of_n
 
     found = best_of_n(
         actor,
         [PromptExample(prompt) for prompt in options.prompt],
-        load_rewards(options.reward, [actor]),
+        load_rewards(functions, options, [actor]),
         options.best_of,
         generation_of(options),
         options.seed,

@@ -17,6 +17,7 @@ from fusedrl.engine.cli.models import (
     sampling_options,
     some,
     stop_option,
+    worker_options,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
         help="file.py:function, a reward model or a ready reward: the higher score wins; "
         "repeatable, then their sum",
     )
+    worker_options(judge)
     judge.add_argument(
         "--n", type=count, default=1, help="pairs of each prompt (default: %(default)s)"
     )
@@ -94,7 +96,7 @@ def _judged(options: argparse.Namespace, ranks: Ranks) -> None:
         given.check(examples[0].columns)
     actors = [load_actor(path, options, ranks) for path in (options.a, options.b)]
     by_reward = given is None
-    judge = given or RewardJudge(load_rewards(functions, actors, ranks))
+    judge = given or RewardJudge(load_rewards(functions, options, actors, ranks))
     examples = some(actors, examples, options)
     total = len(examples)
     # request ids that differ, so that samples differ even if both models are the same

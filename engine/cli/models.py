@@ -4,7 +4,9 @@ eval, reward-check."""
 from __future__ import annotations
 
 import argparse
+import atexit
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fusedrl.engine.base.errors import ConfigError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from fusedrl.engine.config import GenerationConfig
     from fusedrl.engine.data.records import PromptExample
     from fusedrl.engine.parallel.ranks import Ranks
+    from fusedrl.engine.rewards.pool import Workers
     from fusedrl.engine.rewards.rewards import RewardSet
 
 
@@ -121,8 +124,45 @@ def load_actor(path: str, options: argparse.Namespace, ranks: Ranks | None = Non
     return actor
 
 
+def worker_options(parser: argparse.ArgumentParser, *, timeout: bool = True) -> None:
+    """Add the options of worker processes for reward functions. `timeout`: whether the command has
+    no time limit of its own."""
+    parser.add_argument(
+        "--reward_workers",
+        type=count_or_none,
+        default=0,
+        metavar="N",
+        help="worker processes that call reward functions, one completion at a time (default: "
+        "none, and functions are called in this process)",
+    )
+    if timeout:
+        parser.add_argument(
+            "--reward_timeout",
+            type=float,
+            default=60.0,
+            metavar="SECONDS",
+            help="of one call in a worker process (default: %(default)g)",
+        )
+
+
+def workers_of(options: argparse.Namespace, seconds: float) -> Workers:
+    """Return the worker processes of a command, which end with it."""
+    from fusedrl.engine.rewards.pool import Workers
+
+    if not seconds > 0:
+        raise ConfigError(
+            f"{options.command}: expected --reward_timeout above 0 seconds, got {seconds:g}"
+        )
+    workers = Workers(options.reward_workers, seconds)
+    atexit.register(workers.close)
+    return workers
+
+
 def load_rewards(
-    specs: Sequence[Any], actors: Sequence[HybridActor], ranks: Ranks | None = None
+    specs: Sequence[Any],
+    options: argparse.Namespace,
+    actors: Sequence[HybridActor],
+    ranks: Ranks | None = None,
 ) -> RewardSet:
     """Load rewards of completions of all these models, from what `load_functions` returned before
     the models were loaded. If their tokenizers differ, a reward model reads the texts."""
@@ -131,13 +171,13 @@ def load_rewards(
 
     first: Any = actors[0].tokenizer
     same = all(first.get_vocab() == other.tokenizer.get_vocab() for other in actors[1:])
-    return RewardSet(
-        [
-            load_reward(spec, device=actors[0].decoder.device, tokenizer=first if same else None)
-            for spec in specs
-        ],
-        ranks=ALONE if ranks is None else ranks,
+    load = partial(
+        load_reward,
+        device=actors[0].decoder.device,
+        tokenizer=first if same else None,
+        workers=workers_of(options, options.reward_timeout),
     )
+    return RewardSet(list(map(load, specs)), ranks=ALONE if ranks is None else ranks)
 
 
 def some(

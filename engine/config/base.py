@@ -463,6 +463,11 @@ class SamplingConfig:
         reward: one or more rewards, each file.py:function, the directory of a reward model, or a
             ready reward such as exact_match or length:budget=200 (docs/rewards.md).
         reward_weights: one weight per reward; None gives each the weight 1.
+        reward_workers: worker processes (of each rank) that call reward functions while others are
+            still generated, for one completion at a time; 0 calls them in this process, for a whole
+            rollout at once. Reward models always run in this process (docs/rewards.md).
+        reward_timeout: longest time of a call in a worker process, in seconds. A completion whose
+            call takes longer is invalid, and the process is replaced.
         steps: number of rollouts, each followed by epochs x minibatches optimizer steps.
         prompts_per_step: prompts of one rollout.
         samples_per_prompt: completions of each prompt.
@@ -486,6 +491,8 @@ class SamplingConfig:
     epochs: int
     minibatches: int
     reward_weights: tuple[float, ...] | None = None
+    reward_workers: int = 0
+    reward_timeout: float = 60.0
     max_prompt_length: int | None = None
     missing_eos_penalty: float = 0.0
     max_invalid_fraction: float = 0.1
@@ -511,6 +518,13 @@ class SamplingConfig:
                 "reward_weights",
                 self.reward_weights is None or len(self.reward_weights) == rewards,
                 f"with as many numbers as there are rewards, {rewards}",
+            ),
+            ("reward_workers", self.reward_workers >= 0, ">= 0; 0 is this process"),
+            ("reward_timeout", self.reward_timeout > 0, "> 0 seconds"),
+            (
+                "reward_timeout",
+                self.reward_timeout == 60.0 or self.reward_workers > 0,
+                "only together with reward_workers (in this process nothing can end a call)",
             ),
             (
                 "max_prompt_length",

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.base.completion import Completion
+from fusedrl.engine.generation.generator import Finished
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.parallel.lanes import deal
 from fusedrl.engine.parallel.ranks import Ranks
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-Generate = Callable[[Sequence[Any], Params, Sequence[int] | None], list[list[Completion]]]
+Hear = Callable[[Finished], None] | None
+Generate = Callable[[Sequence[Any], Params, Sequence[int] | None, Hear], list[list[Completion]]]
 
 
 def divided(
@@ -31,6 +33,7 @@ def divided(
     prompts: Sequence[Any],
     params: Params,
     request_ids: Sequence[int] | None,
+    finished: Hear = None,
 ) -> list[list[Completion]]:
     """Complete prompts as `HybridActor.generate` does, each prompt on one rank.
 
@@ -42,13 +45,22 @@ def divided(
     one = params if isinstance(params, SamplingParams) else SamplingParams()
     each = list(params) if isinstance(params, Sequence) else [one] * len(prompts)
     if not len(ids) == len(each) == len(prompts):
-        return generate(prompts, params, request_ids)  # raises the error that says what is wrong
+        return generate(
+            prompts, params, request_ids, None
+        )  # raises the error that says what is wrong
     costs = [
         (p.max_new_tokens + len(prompt)) * p.n for prompt, p in zip(prompts, each, strict=True)
     ]
     dealt = deal(costs, ranks.size, -(-len(prompts) // ranks.size))
     mine = dealt[ranks.rank]
-    outs = generate([prompts[i] for i in mine], [each[i] for i in mine], [ids[i] for i in mine])
+
+    def hear(one: Finished) -> None:
+        if finished is not None:
+            finished(one._replace(prompt=mine[one.prompt]))
+
+    outs = generate(
+        [prompts[i] for i in mine], [each[i] for i in mine], [ids[i] for i in mine], hear
+    )
     found: list[list[Completion]] = [[] for _ in prompts]
     for rank, (indices, groups) in enumerate(zip(dealt, gathered(ranks, outs), strict=True)):
         for index, group in zip(indices, groups, strict=True):

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_SUBREAPER, _DEATH_SIGNAL = 36, 1  # of prctl
+SUBREAPER, DEATH_SIGNAL = 36, 1  # of prctl
 _FILES = 64
 _PROCESSES = 64  # that the program may add to those of the user; root is not held to it
 _LAST = 5.0  # seconds in which what is left is killed
@@ -35,7 +35,7 @@ _LAST = 5.0  # seconds in which what is left is killed
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run job["argv"] in the directory job["directory"] with job["stdin"] as its input. Return its
     exit code (negative: the signal), its output, and "ended": "itself", "time" or "output"."""
-    _prctl(_SUBREAPER)
+    prctl(SUBREAPER)
     pipes = os.pipe(), os.pipe()
     with tempfile.TemporaryFile() as source:
         source.write(job["stdin"].encode(errors="replace"))
@@ -47,7 +47,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         os.close(writes)
     taken: dict[int, bytearray] = {reads: bytearray() for reads, _ in pipes}
     code, ended = _watch(pid, taken, time.monotonic() + job["seconds"], job["output_bytes"])
-    _kill_all(pid)
+    kill_all(pid)
     out, err = (bytes(text).decode("utf-8", "replace") for text in taken.values())
     return {"code": code, "ended": ended, "stdout": out, "stderr": err}
 
@@ -56,7 +56,7 @@ def _become(job: dict[str, Any], source: int, pipes: Any) -> None:
     """Turn this process, just forked, into the program."""
     try:
         os.setsid()
-        _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        prctl(DEATH_SIGNAL, signal.SIGKILL)
         os.dup2(source, 0)
         for target, (_, writes) in enumerate(pipes, 1):
             os.dup2(writes, target)
@@ -115,7 +115,7 @@ def _drain(reading: set[int], taken: dict[int, bytearray], most: int) -> None:
                 reading.discard(pipe)
 
 
-def _kill_all(pid: int) -> None:
+def kill_all(pid: int) -> None:
     """Kill the program's group and all that descends from this process, until none is left."""
     last = time.monotonic() + _LAST
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -155,7 +155,8 @@ def _tasks() -> int:
     return count
 
 
-def _prctl(option: int, value: int = 1) -> None:
+def prctl(option: int, value: int = 1) -> None:
+    """Set an attribute of this process, where the system is Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from fusedrl.engine.base.blame import Invalid, told
 from fusedrl.engine.base.errors import RewardError, SetupError, no_such
@@ -29,6 +30,9 @@ example: "Rating: [[5]]".
 [The end of the assistant's answer]"""
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _LOWEST, _HIGHEST = 1.0, 10.0
+_GATES: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, dict[tuple[str, str, int], asyncio.Semaphore]
+] = WeakKeyDictionary()
 
 
 async def judge(
@@ -58,7 +62,7 @@ async def judge(
             OPENAI_API_KEY; a server of one's own mostly needs none.
         rubric: file with the text to send, in which {prompt} and {completion} are filled in; by
             default the single-answer grading of MT-Bench, shortened.
-        concurrency: requests at once.
+        concurrency: requests at once; in worker processes, of each.
         timeout: seconds of one request, from its beginning to the end of the reply.
         retries: how often a request is repeated, after pauses that double from half a second to
             eight seconds.
@@ -73,7 +77,7 @@ async def judge(
             "reward 'judge': expected concurrency >= 1, retries >= 0 and timeout > 0, got "
             f"concurrency={concurrency}, retries={retries}, timeout={timeout}"
         )
-    text, gate = _rubric(rubric), asyncio.Semaphore(concurrency)
+    text, gate = _rubric(rubric), _gate(model, base_url, concurrency)
     filled = [
         text.replace("{prompt}", _shown(prompt)).replace("{completion}", text_of(said))
         for prompt, said in zip(prompts, completions, strict=True)
@@ -90,6 +94,13 @@ async def judge(
         finally:
             for one in asked:  # after an error the others are not waited for
                 one.cancel()
+
+
+def _gate(model: str, base_url: str, concurrency: int) -> asyncio.Semaphore:
+    """Return what limits the requests at once: one for all calls of an event loop, since worker
+    processes call for each completion."""
+    gates = _GATES.setdefault(asyncio.get_running_loop(), {})
+    return gates.setdefault((model, base_url, concurrency), asyncio.Semaphore(concurrency))
 
 
 def _rubric(file: str) -> str:

@@ -12,7 +12,8 @@ sample's score; `RewardScores.tokens` gives the part of each token.
 If a prompt is a list of messages, its completion is passed as a list of messages too, as in TRL. A
 function without **kwargs receives only the arguments that it names. A reward that raises, or does
 not return one value per completion, stops the run. A single value that is not a finite number makes
-its sample invalid; it never counts as 0.
+its sample invalid; it never counts as 0. In worker processes (`remote`) a call is of one
+completion, and one that fails makes its sample invalid.
 
 One file: a reward's protocol, its loading, and the error messages for its mistakes.
 """
@@ -20,25 +21,21 @@ One file: a reward's protocol, its loading, and the error messages for its mista
 from __future__ import annotations
 
 import asyncio
-import copy
-import importlib.util
 import inspect
 import json
 import math
-import sys
-import traceback
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedrl.engine.base.blame import Invalid, Parameters, blame, place_of, shown, told
-from fusedrl.engine.base.errors import RewardError, Stopped, no_such
+from fusedrl.engine.base.blame import Invalid, blame, shown
+from fusedrl.engine.base.errors import RewardError, no_such
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.data.readers import prompt_columns
 from fusedrl.engine.data.records import Prompt
@@ -46,47 +43,23 @@ from fusedrl.engine.data.sources import Data
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
+from fusedrl.engine.rewards.functions import (
+    FunctionReward,
+    Reward,
+    Rollout,
+    load_function,
+    number_of,
+    values_of,
+)
+from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.ready import READY, Ready, ready
+from fusedrl.engine.rewards.remote import Ahead, Found, Key, WorkerReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_PER_FORWARD = 8192
 CONTEXT = 4  # last tokens of the prompt that are decoded together with a completion
-
-ARGUMENTS = ("prompts", "completions", "completion_ids")  # of every reward
-LARGEST = 1e15  # largest absolute value of a reward
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Input of a reward, with one entry per completion: prompts and completions, both as text (or
-    messages) and as token ids, and the other columns of the data."""
-
-    prompts: Sequence[Prompt]
-    completions: Sequence[str]
-    prompt_ids: Sequence[Sequence[int]]
-    completion_ids: Sequence[Sequence[int]]
-    columns: Mapping[str, Sequence[Any]]
-
-    def part(self, start: int, stop: int) -> Rollout:
-        """Return the completions from `start` up to, not including, `stop`."""
-        return Rollout(
-            self.prompts[start:stop],
-            self.completions[start:stop],
-            self.prompt_ids[start:stop],
-            self.completion_ids[start:stop],
-            {name: column[start:stop] for name, column in self.columns.items()},
-        )
-
-
-class Reward(Protocol):
-    """Object with a name that, when called, returns one value per completion, or an awaitable of
-    such a list."""
-
-    name: str
-
-    def __call__(self, rollout: Rollout) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -99,12 +72,16 @@ class RewardScores:
         invalid: (index of the completion, name of the reward, reason) of each invalid value.
         tokens: [B] lists with the part of the total that accrued at each token; None if no reward
             of the completion is per token.
+        lost: calls in worker processes that raised, were late or lost their process.
+        waited: seconds in which nothing but those calls was waited for.
     """
 
     total: list[float]
     per_reward: dict[str, list[float | None]]
     invalid: list[tuple[int, str, str]]
     tokens: list[list[float] | None]
+    lost: int = 0
+    waited: float = 0.0
 
 
 # ---- several rewards -----------------------------------------------------------------------------
@@ -141,6 +118,26 @@ class RewardSet:
                 name == reward.name or name.startswith(f"{reward.name}#") for name in self.names
             )
             self.names.append(f"{reward.name}#{taken + 1}" if taken else reward.name)
+        self._remote = {
+            name: reward
+            for name, reward in zip(self.names, self.rewards, strict=True)
+            if isinstance(reward, WorkerReward)
+        }
+
+    def place(self, name: str) -> str:
+        """Return where the reward of this name is written, file:line; "" if it is not known."""
+        known = dict(zip(self.names, self.rewards, strict=True))
+        return getattr(known.get(name), "place", "")
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether some reward runs in worker processes."""
+        return bool(self._remote)
+
+    def ahead(self) -> Ahead | None:
+        """Return what completions are given to as they finish, so that worker processes score them
+        while others are generated; `score` takes it. None if no reward runs in worker processes."""
+        return Ahead(self._remote) if self._remote else None
 
     def score(
         self,
@@ -149,13 +146,23 @@ class RewardSet:
         prompt_ids: Sequence[Sequence[int]],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        keys: Sequence[Key] | None = None,
+        ahead: Ahead | None = None,
+        most_lost: float = math.inf,
     ) -> RewardScores:
         """Score B completions. Every argument has one entry per completion (a prompt with n samples
         is repeated n times).
 
+        Args:
+            keys: of each completion, what the draws of rewards in worker processes are seeded by;
+                by default its index.
+            ahead: what completions were given to before, of this rank or of all.
+            most_lost: with so many completions that failed in worker processes the others are still
+                waited for.
         Raises:
             RewardError: a reward raised, or did not return one value per completion. The message
-                names the reward and the cause.
+                names the reward and the cause. Or too many failed in worker processes.
         """
         rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {})
         for what, column in (
@@ -169,25 +176,72 @@ class RewardSet:
                     f"rewards: expected {len(completions)} entries in {what}, one per completion, "
                     f"got {len(column)}"
                 )
-        if self.ranks.size > 1:
-            return self._divided(rollout)
-        return self._score(rollout)
+        cuts, rank = self._cuts(rollout), self.ranks.rank
+        remote, lost, waited = self._of_workers(
+            rollout,
+            range(cuts[rank], cuts[rank + 1]),
+            keys or [(index,) for index in range(len(completions))],
+            ahead,
+            most_lost,
+        )
+        found = (
+            self._score(rollout, remote)
+            if self.ranks.size == 1
+            else self._divided(rollout, remote, cuts)
+        )
+        return replace(found, lost=lost, waited=waited)
 
-    def _divided(self, rollout: Rollout) -> RewardScores:
-        """Return the scores of all ranks' parts, concatenated."""
-        count, size, rank = len(rollout.completions), self.ranks.size, self.ranks.rank
+    def _cuts(self, rollout: Rollout) -> list[int]:
+        """Return the first completion of each rank's part, and the number of all. Completions of a
+        prompt stay together."""
+        count, size = len(rollout.completions), self.ranks.size
         starts = [
             i for i in range(count) if i == 0 or rollout.prompt_ids[i] != rollout.prompt_ids[i - 1]
         ] + [count]
-        cuts = [starts[len(starts[1:]) * r // size] for r in range(size + 1)]
+        return [starts[len(starts[1:]) * r // size] for r in range(size + 1)]
+
+    def _of_workers(
+        self,
+        rollout: Rollout,
+        part: Iterable[int],
+        keys: Sequence[Key],
+        ahead: Ahead | None,
+        most_lost: float,
+    ) -> tuple[dict[str, list[Any]], int, float]:
+        """Return the values of the rewards that run in worker processes, of all completions; how
+        many calls were lost, and the seconds waited here. Each rank has those asked for that it
+        has generated; without `ahead` those of its part."""
+        if not self._remote:
+            return {}, 0, 0.0
+        if ahead is None:
+            ahead = Ahead(self._remote)
+            for index in part:
+                ahead.add(index, rollout.part(index, index + 1), keys[index])
+        found = ahead.collect(most_lost)
+        told = self.ranks.gather("rewards of worker processes", found.to_json())
+        values: dict[str, list[Any]] = {
+            name: [None] * len(rollout.completions) for name in self._remote
+        }
+        for theirs in map(Found.from_json, told):
+            for name, own in theirs.values.items():
+                for index, value in zip(theirs.indices, own, strict=True):
+                    values[name][index] = value
+        return values, sum(theirs["lost"] for theirs in told), found.waited
+
+    def _divided(
+        self, rollout: Rollout, remote: Mapping[str, list[Any]], cuts: Sequence[int]
+    ) -> RewardScores:
+        """Return the scores of all ranks' parts, concatenated."""
+        rank = self.ranks.rank
         mine = rollout.part(cuts[rank], cuts[rank + 1])
         nothing = RewardScores([], {name: [] for name in self.names}, [], [])
-        models = {
+        known = {name: values[cuts[rank] : cuts[rank + 1]] for name, values in remote.items()}
+        known |= {
             name: reward(rollout, self.ranks)[cuts[rank] : cuts[rank + 1]]
             for name, reward in zip(self.names, self.rewards, strict=True)
             if isinstance(reward, ModelReward)
         }
-        found = self._score(mine, models) if len(mine.completions) else nothing
+        found = self._score(mine, known) if len(mine.completions) else nothing
         parts = [RewardScores(**told) for told in self.ranks.gather("rewards", asdict(found))]
         return RewardScores(
             [x for part in parts for x in part.total],
@@ -220,7 +274,7 @@ class RewardSet:
                         a + weight * b
                         for a, b in zip(tokens[index] or [0.0] * len(spread), spread, strict=True)
                     ]
-                number, reason = _number(
+                number, reason = number_of(
                     value
                     if spread is None
                     else math.fsum(spread)
@@ -292,48 +346,6 @@ def _value(value: Any) -> Any:
     return value
 
 
-def values_of(
-    what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion"
-) -> list[Any]:
-    """Return a function's answer as a list of `count` values. Raise RewardError if it is not such a
-    list."""
-    if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
-        returned = returned.tolist()
-    if not isinstance(returned, list | tuple):
-        raise RewardError(
-            f"{what}: expected a list of {count} {noun}s, one per {subject}, got "
-            f"{type(returned).__name__}"
-        )
-    if len(returned) != count:
-        raise RewardError(
-            f"{what}: expected {count} {noun}s, one per {subject}, got {len(returned)}"
-        )
-    return list(returned)
-
-
-def _number(value: Any) -> tuple[float | None, str]:
-    """Return (value as a number, reason if it is not a valid number)."""
-    if value is None:
-        return None, ""
-    if isinstance(value, Invalid):
-        return math.nan, value.reason
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except Exception:  # a user's __float__ may raise anything
-        return math.nan, f"expected a number or None, got {shown(value)}"
-    if not math.isfinite(number):
-        return math.nan, f"expected a finite number or None, got {shown(value)}"
-    if abs(number) > LARGEST:
-        return (
-            math.nan,
-            f"expected a number of at most {LARGEST:g} (squares are summed in float32), got "
-            f"{shown(value)}",
-        )
-    return number, ""
-
-
 # ---- rewards of tokens and of steps --------------------------------------------------------------
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) or (
@@ -348,7 +360,7 @@ def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[fl
     steps = all(isinstance(step, list | tuple) and len(step) == 2 for step in listed)
     numbers: list[float] = []
     for worth in [step[1] for step in listed] if steps else listed:
-        number, reason = _number(worth)
+        number, reason = number_of(worth)
         if number is None or reason:
             return Invalid(reason or "expected a number, got None in a list of rewards")
         numbers.append(number)
@@ -415,11 +427,24 @@ def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) 
 
 
 # ---- one reward ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Named:
+    """Reward function that was loaded, and the specification that names it, by which a worker
+    process loads it too."""
+
+    spec: str
+    function: Callable[..., Any]
+
+
+Specification = str | Path | Callable[..., Any] | Named
+
+
 def load_reward(
-    spec: str | Path | Callable[..., Any],
+    spec: Specification,
     *,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    workers: Workers | None = None,
 ) -> Reward:
     """Load a reward from `file.py:function`, a reward-model directory, the name of a ready reward
     with its options (`ready.READY`: `exact_match`, `length:target=200`), or a function.
@@ -429,19 +454,26 @@ def load_reward(
         tokenizer: the policy's tokenizer. Rewards of steps use it to find the token where a step
             ends. A reward model with the same tokenizer reads the policy's token ids; otherwise it
             tokenises the texts.
+        workers: processes in which a function that `spec` names runs, if there are any. What is
+            given as a function runs in this process.
 
     Raises:
         RewardError: no such file, no such function, a failed import, an option that a ready reward
             does not have, or none of all these.
         ValueError, FileNotFoundError: the directory is not a reward model.
     """
-    if callable(spec):
+    found: Callable[..., Any] | None
+    if isinstance(spec, Named):
+        found, spec = spec.function, spec.spec
+    elif callable(spec):
         return FunctionReward(spec, tokenizer)
-    if (found := ready(str(spec))) is not None:
-        return FunctionReward(found, tokenizer)
-    path, colon, function = str(spec).rpartition(":")
-    if colon and path.endswith(".py"):
-        return FunctionReward(import_function(Path(path), function), tokenizer)
+    else:
+        found = load_function(str(spec))
+    if found is not None:
+        reward = FunctionReward(found, tokenizer)
+        if workers is not None and workers.processes:
+            return WorkerReward(reward, workers, str(spec))
+        return reward
     if str(spec) and Path(spec).is_dir():
         return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
     raise RewardError(
@@ -450,9 +482,7 @@ def load_reward(
     )
 
 
-def load_functions(
-    specs: Sequence[str | Path | Callable[..., Any]], *data: Data
-) -> list[str | Path | Callable[..., Any]]:
+def load_functions(specs: Sequence[Specification], *data: Data) -> list[Specification]:
     """Load those of the rewards that are functions, so that what is wrong with one is told before a
     model is loaded. Return them, and the directories of reward models as they are, for
     `load_reward`.
@@ -466,10 +496,11 @@ def load_functions(
     """
     from fusedrl.engine.model.heads import check_reward_model
 
-    found: list[str | Path | Callable[..., Any]] = []
+    found: list[Specification] = []
     for spec in specs:
-        if not callable(spec) and ready(str(spec)) is None and str(spec) and Path(spec).is_dir():
-            check_reward_model(spec)
+        text = str(spec) if isinstance(spec, str | Path) else ""
+        if text and ready(text) is None and Path(text).is_dir():
+            check_reward_model(text)
             found.append(spec)
             continue
         reward = load_reward(spec)
@@ -479,7 +510,7 @@ def load_functions(
                     reward.check(prompt_columns(one, whole=False))
                 except RewardError:
                     reward.check(prompt_columns(one, whole=True))
-            found.append(reward.function)
+            found.append(Named(text, reward.function) if text else reward.function)
     return found
 
 
@@ -509,114 +540,6 @@ def _no_reward(spec: str) -> str:
         else ""
     )
     return f"there is no such directory: {no_such(spec)}{fetched}"
-
-
-def import_function(
-    path: Path, function: str, what: str = "reward", *, classes: bool = False
-) -> Callable[..., Any]:
-    """Import a function from a Python file that is not part of a package. `what` names the
-    function's role in error messages. `classes`: a class serves as well.
-
-    Raises:
-        RewardError: no such file, no such function, a failed import.
-    """
-    if not path.is_file():
-        raise RewardError(
-            f"{what} {path}:{function}: there is no such file: "
-            + (
-                f"{path} is a directory"
-                if path.is_dir()
-                else no_such(path) + "; of several each is given by itself" * ("," in str(path))
-            )
-        )
-    name = f"fusedrl_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RewardError(f"{what} {path}:{function}: Python cannot load this file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
-    try:
-        spec.loader.exec_module(module)
-    except (KeyboardInterrupt, Stopped):
-        raise
-    except BaseException as error:  # sys.exit at the end of a script is one
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        line = error.lineno if isinstance(error, SyntaxError) else frame.lineno
-        raise RewardError(
-            f"{what} {path}:{function}: importing the file raised {told(error)} (line {line})"
-        ) from error
-    found = getattr(module, function, None)
-    if found is None:
-        known = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_")
-        ]
-        raise RewardError(
-            f"{what} {path}:{function}: the file has no {function!r}; its functions: "
-            f"{', '.join(known) or 'none'}"
-        )
-    if inspect.isclass(found) and not classes:
-        raise RewardError(
-            f"{what} {path}:{function}: expected a function, got a class; name a function, or an "
-            f"object of that class in the file: {function.lower()} = {function}()"
-        )
-    if not callable(found):
-        raise RewardError(
-            f"{what} {path}:{function}: expected a function, got {type(found).__name__}"
-        )
-    return found
-
-
-def own_copies(values: Sequence[Any]) -> list[Any]:
-    """Return the values as copies that a function may write to. Lists and objects are copied one by
-    one, because the data passes the originals on to the next sample, reward and step."""
-    fixed = (str, int, float, bool, type(None))
-    return [value if isinstance(value, fixed) else copy.deepcopy(value) for value in values]
-
-
-class FunctionReward:
-    """Function with TRL's contract. The policy's tokenizer is used for rewards of steps only."""
-
-    def __init__(
-        self, function: Callable[..., Any], policy_tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
-        self.function = function
-        self.policy_tokenizer = policy_tokenizer
-        self.name = getattr(function, "__name__", type(function).__name__)
-        self._parameters = Parameters(f"reward {self.name!r}", function)
-
-    def check(self, columns: Collection[str]) -> None:
-        """Raise RewardError if the function needs a column of the data that is not among these."""
-        self._check_named(columns)
-        if isinstance(self.function, Ready):  # it names the column that it looks for
-            self.function([], [], [], **dict.fromkeys(columns, ()))
-
-    def _check_named(self, columns: Collection[str]) -> None:
-        if missing := self._parameters.lacking({*ARGUMENTS, *columns}):
-            raise RewardError(
-                f"reward {self.name!r} needs the column {missing!r} of the data, which has "
-                f"{', '.join(sorted(columns)) or 'none'} beside the prompt; add it there, or give "
-                f"the argument a default in {place_of(self.function)}"
-            )
-
-    def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)
-        ]
-        arguments = {
-            "prompts": own_copies(rollout.prompts),
-            "completions": completions,
-            "completion_ids": [list(ids) for ids in rollout.completion_ids],
-        }
-        arguments |= {
-            name: own_copies(column)
-            for name, column in rollout.columns.items()
-            if name not in arguments
-        }
-        self._check_named(rollout.columns)
-        return self.function(**self._parameters.chosen(arguments))
 
 
 class ModelReward:

@@ -95,6 +95,7 @@ def best_of_n(
         [tokens for _, tokens, _ in flat],
         [c.token_ids for _, _, c in flat],
         columns,
+        keys=[(seed, number, c.sample) for number, group in enumerate(outs) for c in group],
     )
     found = []
     for number, group in enumerate(outs):

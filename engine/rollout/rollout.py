@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -24,8 +25,21 @@ from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, RunConfig
+from fusedrl.engine.config.base import SamplingConfig
+from fusedrl.engine.generation.generator import Finished
 from fusedrl.engine.generation.sampler import SamplingParams
-from fusedrl.engine.rewards.rewards import RewardError, RewardScores, RewardSet, moved_rewards
+from fusedrl.engine.rewards.functions import Reward
+from fusedrl.engine.rewards.functions import Rollout as Scorable
+from fusedrl.engine.rewards.pool import Workers
+from fusedrl.engine.rewards.remote import Key
+from fusedrl.engine.rewards.rewards import (
+    RewardError,
+    RewardScores,
+    RewardSet,
+    Specification,
+    load_reward,
+    moved_rewards,
+)
 from fusedrl.engine.rollout.repetition import (
     distinct_share,
     ends_in_loop,
@@ -98,6 +112,18 @@ class Rollout:
             "completions/length": np.array(lengths, dtype=np.float64),
             "reward": self.batch.column("scores").double().cpu().numpy(),
         }
+
+
+def reward_loader(
+    config: SamplingConfig, actor: HybridActor
+) -> tuple[Workers, Callable[[Specification], Reward]]:
+    """Return a configuration's worker processes, which a `with` starts, and what loads a reward of
+    the actor's completions, to run there if it is a function."""
+    workers = Workers(config.reward_workers, config.reward_timeout)
+    load = partial(
+        load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer, workers=workers
+    )
+    return workers, load
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
@@ -180,12 +206,16 @@ def rollout(
     samples: list[Sample] = []
     kept: list[Sample] = []
     invalid: list[tuple[int, str, str]] = []
+    remote: dict[str, float] = {}
     for _ in range(1 + config.refill_tries):
         prompts, first = draw(config.prompts_per_step - len({sample.group for sample in kept}))
-        found, reasons = _generate(actor, prompts, rewards, config, first, greedy)
-        invalid += [(len(samples) + index, name, reason) for index, name, reason in reasons]
+        found, scored = _generate(actor, prompts, rewards, config, first, greedy)
+        invalid += [(len(samples) + index, name, reason) for index, name, reason in scored.invalid]
         samples += found
-        _check_valid(samples, invalid, config)
+        _check_valid(samples, invalid, config, rewards)
+        if rewards.runs_elsewhere:
+            for name, value in _of_workers(scored).items():
+                remote[name] = remote.get(name, 0.0) + value
         flat = (
             _flat((sample for sample in found if sample.valid), greedy, of="reward")
             if config.refill_tries
@@ -215,7 +245,7 @@ def rollout(
         batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
-    metrics = _describe(samples, config, greedy) | _gold(gold, samples)
+    metrics = _describe(samples, config, greedy) | _gold(gold, samples, config) | remote
     if config.refill_tries:
         metrics |= {
             "refill/generated_groups": float(len({s.group for s in samples})),
@@ -231,12 +261,22 @@ def _generate(
     config: RolloutConfig,
     first_request_id: int,
     greedy: bool,
-) -> tuple[list[Sample], list[tuple[int, str, str]]]:
-    """Return completions with their rewards, and a list of the invalid ones: (index, name of the
-    reward, reason)."""
+) -> tuple[list[Sample], RewardScores]:
+    """Return completions with their rewards, and the scores as the rewards gave them."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
+    n, seed, ahead = config.samples_per_prompt, config.run.seed, rewards.ahead()
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+
+    def ask(done: Finished) -> None:
+        one, key = prompts[done.prompt], (seed, request_ids[done.prompt], done.sample)
+        if ahead is not None:
+            ahead.add(done.prompt * n + done.sample, scorable([(one, done.completion)], names), key)
+
     outs = actor.generate(
-        [p.ids for p in prompts], sampling_params(config), request_ids=request_ids
+        [p.ids for p in prompts],
+        sampling_params(config),
+        request_ids=request_ids,
+        finished=None if ahead is None else ask,
     )
     flat = [
         (prompt, completion)
@@ -244,7 +284,7 @@ def _generate(
         for completion in group
     ]
     actor.activity.begin(f"rewarding {len(flat)} completions")
-    scored = _score(rewards, flat)
+    scored = _score(rewards, flat, ahead=ahead, most_lost=config.max_invalid_fraction * len(flat))
     best = [(0.0, 0.0)] * len(prompts)
     if greedy:
         single = actor.generate(
@@ -257,7 +297,11 @@ def _generate(
         ]
         best = [
             (total, _placed(total, completion, config))
-            for total, (_, completion) in zip(_score(rewards, pairs).total, pairs, strict=True)
+            for total, (_, completion) in zip(
+                _score(rewards, pairs, [(seed, one, "greedy") for one in request_ids]).total,
+                pairs,
+                strict=True,
+            )
         ]
     groups = [number for number, group in enumerate(outs) for _ in group]
     samples = [
@@ -273,21 +317,30 @@ def _generate(
         )
         for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))
     ]
-    return samples, scored.invalid
+    return samples, scored
+
+
+def _of_workers(scored: RewardScores) -> dict[str, float]:
+    """Return metrics of rewards in worker processes."""
+    return {"reward_failures": float(scored.lost), "timing/reward_wait": scored.waited}
 
 
 def _check_valid(
-    samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: RolloutConfig
+    samples: Sequence[Sample],
+    invalid: Sequence[tuple[int, str, str]],
+    config: RolloutConfig,
+    rewards: RewardSet,
 ) -> None:
     """Raise RewardError if too many of a step's samples so far are invalid, or all of them."""
     if (bad := len({index for index, _, _ in invalid})) > config.max_invalid_fraction * len(
         samples
     ):
         index, name, reason = invalid[0]
+        place = rewards.place(name)
         raise RewardError(
             f"{bad} of {len(samples)} samples have no valid reward, more than max_invalid_fraction "
-            f"= {config.max_invalid_fraction}; the first, "
-            f"sample {index}, by {name}: {reason}"
+            f"= {config.max_invalid_fraction}; the first, sample {index}, by {name}"
+            f"{place and f' ({place})'}: {reason}"
         )
     if not any(sample.valid for sample in samples):
         raise RewardError(
@@ -296,18 +349,29 @@ def _check_valid(
         )
 
 
-def _score(rewards: RewardSet, flat: Sequence[tuple[Prompt, Completion]]) -> RewardScores:
-    columns = {
-        name: [prompt.columns.get(name) for prompt, _ in flat]
-        for name in sorted({name for prompt, _ in flat for name in prompt.columns})
-    }
-    return rewards.score(
+def scorable(
+    flat: Sequence[tuple[Prompt, Completion]], names: Iterable[str] | None = None
+) -> Scorable:
+    """Return completions as rewards are given them, with the columns `names` of the data, by
+    default all that a prompt has."""
+    if names is None:
+        names = sorted({name for prompt, _ in flat for name in prompt.columns})
+    return Scorable(
         [p.prompt for p, _ in flat],
         [c.text for _, c in flat],
         [p.ids for p, _ in flat],
         [c.token_ids for _, c in flat],
-        columns,
+        {name: [prompt.columns.get(name) for prompt, _ in flat] for name in names},
     )
+
+
+def _score(
+    rewards: RewardSet,
+    flat: Sequence[tuple[Prompt, Completion]],
+    keys: Sequence[Key] | None = None,
+    **options: Any,
+) -> RewardScores:
+    return rewards.score(**vars(scorable(flat)), keys=keys, **options)
 
 
 def _placed(total: float, completion: Completion, config: RolloutConfig) -> float:
@@ -380,12 +444,17 @@ def _repetition(completions: Sequence[Completion]) -> dict[str, float]:
     }
 
 
-def _gold(gold: RewardSet | None, samples: Sequence[Sample]) -> dict[str, float]:
+def _gold(
+    gold: RewardSet | None, samples: Sequence[Sample], config: RolloutConfig
+) -> dict[str, float]:
     if gold is None:
         return {}
+    valid = [sample for sample in samples if sample.valid]
     with generators_kept():  # its random draws leave the process's generators unchanged
         scored = _score(
-            gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid]
+            gold,
+            [(sample.prompt, sample.completion) for sample in valid],
+            [(config.run.seed, sample.group, sample.completion.sample) for sample in valid],
         )
     found = {
         name: [value for value in values if value is not None and math.isfinite(value)]

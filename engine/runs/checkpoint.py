@@ -76,6 +76,7 @@ FREE_KEYS = (
     "evaluation",
     "alarm",
     "monitor_reward",
+    "reward_timeout",
 )
 _DTYPES = {
     torch.float64: "F64",
@@ -703,6 +704,8 @@ def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         for key in {**old, **new}
         if key not in FREE_KEYS and key.partition(".")[0] not in FREE_KEYS
     ]
+    if old.get("reward_workers") and new.get("reward_workers"):
+        keys.remove("reward_workers")  # how many there are changes nothing
     return [
         f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
         for key in keys

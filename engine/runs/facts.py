@@ -39,6 +39,7 @@ def facts_of(
         ("device", _device(learner.device, dtype_of(learner), ranks)),
         ("kernels", kernels_on(learner.device)),
         ("memory", _memory(config, learner, ranks)),
+        *_workers(config),
     ]
 
 
@@ -55,6 +56,15 @@ def _update(config: PolicyConfig) -> str:
     idle = ", ".join(config.idle_bounds)
     clips = f", so that ratios are 1 and nothing is clipped ({idle})" if idle else ""
     return f"1 optimizer step a rollout{clips}"
+
+
+def _workers(config: StageConfig) -> list[tuple[str, str]]:
+    """Say, of a run with worker processes, how many call its rewards."""
+    if not isinstance(config, SamplingConfig) or not config.reward_workers:
+        return []
+    count, seconds = config.reward_workers, config.reward_timeout
+    processes = f"{count} worker process{'es' if count > 1 else ''}"
+    return [("rewards", f"functions in {processes}, at most {seconds:g} s a call")]
 
 
 def dtype_of(learner: Learner) -> str:

@@ -72,8 +72,8 @@ def model_digest(model: str | Path) -> str | None:
 
 def files_of(config: Any) -> Digests:
     """Return the digests of what decides a run's result beside its data and its model's weights:
-    configurations and tokenizers of models, and the weights of reward models, of a critic and
-    of a reference that is another model. Options of which nothing is on this machine are left out."""
+    configurations and tokenizers of models, and the weights of reward models, of a critic and of a
+    reference that is another model. Options of which nothing is on this machine are left out."""
     critic = getattr(getattr(config, "critic", None), "model", None)
     found = {"model": _of_model(config.model, weights=False)}
     found |= {

@@ -28,7 +28,7 @@ import numpy as np
 from fusedrl.engine.base.blame import blame, check_call, place_of, told
 from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.errors import ConfigError, SetupError, UserError
-from fusedrl.engine.rewards.rewards import import_function
+from fusedrl.engine.rewards.functions import import_function
 
 CLIENTS = {  # name -> (package that it needs, class)
     "wandb": ("wandb", "fusedrl.engine.runs.trackers:WandB"),

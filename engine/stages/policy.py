@@ -59,11 +59,12 @@ from fusedrl.engine.policy.objectives import (
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
-from fusedrl.engine.rewards.rewards import RewardSet, load_functions, load_reward
+from fusedrl.engine.rewards.pool import Workers
+from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
-from fusedrl.engine.rollout.rollout import Prompt, rollout
+from fusedrl.engine.rollout.rollout import Prompt, reward_loader, rollout
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for, demand_of
@@ -106,7 +107,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     seed_generators(config.run.seed)
     parts = _load(config, needs, ranks, functions)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
-    with Run(config, config.steps, ranks) as run:
+    with parts.workers, Run(config, config.steps, ranks) as run:
         _announce(config, needs, run)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
@@ -159,16 +160,16 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
 # ---- before the first step -----------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Parts:
-    """The models of a run, their learners, and the state that is carried from step to step.
-
-    gold: rewards that are only measured, not trained on. scores_first: whether old
-    log-probabilities, values or the KL are needed before the update.
+    """The models of a run, their learners, and the state that is carried from step to step. gold:
+    rewards that are only measured, not trained on. scores_first: whether old log-probabilities,
+    values or the KL are needed before the update.
     """
 
     actor: HybridActor
     reference: Reference | None
     rewards: RewardSet
     gold: RewardSet | None
+    workers: Workers
     learner: Learner
     critic: TrainedCritic | None
     control: Control
@@ -250,7 +251,7 @@ def _load(
             "config: kl.estimator full reads logits that are not capped, and this model caps its "
             "own; use k2 or k3"
         )
-    load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
+    workers, load = reward_loader(config, actor)
     judges = [load(one) for one in functions]
     rewards = RewardSet(judges[: len(config.reward)], config.reward_weights, ranks)
     gold = judges[len(config.reward) :]
@@ -259,6 +260,7 @@ def _load(
         reference,
         rewards,
         RewardSet(gold, ranks=ranks) if gold else None,
+        workers,
         Learner(actor, config.optim, ranks=ranks),
         critic_of(config, actor),
         Control(config),

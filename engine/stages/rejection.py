@@ -24,9 +24,9 @@ from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
-from fusedrl.engine.rewards.rewards import RewardSet, load_functions, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
-from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
+from fusedrl.engine.rollout.rollout import Prompt, Rollout, reward_loader, rollout
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import FlatRewards
@@ -73,10 +73,10 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
+    workers, load = reward_loader(config, actor)
     rewards = RewardSet([load(one) for one in functions], config.reward_weights, ranks)
     learner = Learner(actor, config.optim, ranks=ranks)
-    with Run(config, config.steps, ranks) as run:
+    with workers, Run(config, config.steps, ranks) as run:
         prompts = read_prompts(config, actor, run)
         longest = longest_of(prompts)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))

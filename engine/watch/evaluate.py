@@ -20,9 +20,12 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import PromptExample
 from fusedrl.engine.data.tokenize import encode_prompt
+from fusedrl.engine.generation.generator import Finished
+from fusedrl.engine.rewards.functions import Rollout
+from fusedrl.engine.rewards.remote import Ahead, Key
 from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.rollout.repetition import ends_in_loop, repeated_share
-from fusedrl.engine.rollout.rollout import params_of
+from fusedrl.engine.rollout.rollout import Prompt, params_of, scorable
 
 TOKENS_PER_FORWARD = 8192
 
@@ -132,7 +135,20 @@ def measure(
         encode_prompt(policy.tokenizer, example.prompt, example.columns.get("tools"))
         for example in prompts
     ]
-    outs = policy.generate(ids, params_of(generation, n=samples, seed=seed), request_ids)
+    readied = [Prompt(e.prompt, own, e.columns) for e, own in zip(prompts, ids, strict=True)]
+    numbers = list(range(len(ids))) if request_ids is None else list(request_ids)
+    keys = [(seed, number, sample) for number in numbers for sample in range(samples)]
+    names = sorted({name for example in prompts for name in example.columns})
+    ahead = {name: found for name, one in rewards.items() if (found := one.ahead()) is not None}
+
+    def ask(done: Finished) -> None:
+        place = done.prompt * samples + done.sample
+        one = scorable([(readied[done.prompt], done.completion)], names)
+        for calls in ahead.values():
+            calls.add(place, one, keys[place])
+
+    params = params_of(generation, n=samples, seed=seed)
+    outs = policy.generate(ids, params, request_ids, finished=ask if ahead else None)
     batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
     parts, temperature = batch.split(tokens_per_forward), generation.temperature or 1.0
     # The cache is lent as in training, which also removes the prefixes cached here: the next
@@ -144,17 +160,10 @@ def measure(
             if reference is None
             else reference.score(batch, temperature=temperature, partition=parts).logp
         )
-    examples = [example for example in prompts for _ in range(samples)]
-    completions = [completion for out in outs for completion in out]
-    scores = _scores(
-        rewards,
-        examples,
-        [completion.text for completion in completions],
-        [sample for sample in ids for _ in range(samples)],
-        [c.token_ids for c in completions],
-    )
+    flat = [(one, c) for one, out in zip(readied, outs, strict=True) for c in out]
+    scores = _scores(rewards, scorable(flat, names), keys, ahead)
     return Measured(
-        completions,
+        [completion for _, completion in flat],
         scores,
         None if theirs is None else _sums(ours - theirs, batch),
         None if theirs is None else _sums(-theirs, batch),
@@ -229,20 +238,13 @@ def evaluate(
 
 def _scores(
     rewards: Mapping[str, RewardSet],
-    examples: Sequence[PromptExample],
-    texts: list[str],
-    prompt_ids: list[list[int]],
-    completion_ids: list[list[int]],
+    rollout: Rollout,
+    keys: Sequence[Key],
+    ahead: Mapping[str, Ahead],
 ) -> dict[str, list[float]]:
-    columns = {
-        name: [example.columns.get(name) for example in examples]
-        for name in sorted({name for example in examples for name in example.columns})
-    }
     scores: dict[str, list[float]] = {}
     for name, reward in rewards.items():
-        found = reward.score(
-            [example.prompt for example in examples], texts, prompt_ids, completion_ids, columns
-        )
+        found = reward.score(**vars(rollout), keys=keys, ahead=ahead.get(name))
         scores[name] = found.total
         if len(found.per_reward) > 1:
             scores |= {

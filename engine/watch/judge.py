@@ -34,7 +34,8 @@ from fusedrl.engine.base.blame import Parameters, blame, place_of, shown
 from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.data.records import Prompt
-from fusedrl.engine.rewards.rewards import RewardSet, import_function, own_copies, values_of
+from fusedrl.engine.rewards.functions import import_function, own_copies, values_of
+from fusedrl.engine.rewards.rewards import RewardSet
 
 VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 

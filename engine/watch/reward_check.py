@@ -183,7 +183,13 @@ def _kind(reason: str) -> str:
         return "too large"
     if head.startswith("expected a number"):
         return "no number"
-    return head[:80]
+    if head.startswith("expected 1 values, one per completion"):
+        return "returned a list of another length"
+    if head.startswith("expected a list of 1 values"):
+        return "returned no list"
+    if head.startswith("raised "):
+        return head.partition(":")[0]
+    return head.partition(" (")[0][:80]  # of a worker process: without the line where it was
 
 
 @contextlib.contextmanager

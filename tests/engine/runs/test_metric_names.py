@@ -55,7 +55,7 @@ def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
                         re.escape(name)
                         .replace("<name>", "[^/]+")
                         .replace("<k>", r"\d+")
-                        .replace("<phase>", "(?!step)[a-z_]+")
+                        .replace("<phase>", "(?!step|reward_wait)[a-z_]+")
                     )
                     found[name] = re.compile(
                         text + ("(_stderr)?" if name.startswith("eval_") else "")
@@ -130,7 +130,7 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
     names |= run("replayed", ["likes_w3"], replay=ReplayConfig(), steps=2)
     return (
         names
-        | run("watched", ["binary"], **watched)
+        | run("watched", ["binary"], reward_workers=1, **watched)
         | run("two", ["binary", "likes_w3"], **watched)
     )
 
