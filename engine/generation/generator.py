@@ -743,9 +743,7 @@ class Generator:
             self._block_table = torch.zeros(
                 slots.count + 1, most, dtype=torch.int32, device=self.cache.k.device
             )
-        width = padded_blocks(
-            int(slots.held.max()) // slots.block_size, self._block_table.shape[1]
-        )
+        width = padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1])
         if slots.table_changed:
             host = np.ascontiguousarray(slots.block_table[:, :width])
             self._block_table[:, : host.shape[1]].copy_(

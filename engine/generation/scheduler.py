@@ -304,9 +304,7 @@ class Scheduler:
         for sequence in self._prefilling:
             if budget > 0:
                 budget -= self._add_chunk(sequence, budget, chunks, copies)
-        while (
-            budget > 0 and not preempted and self._admits() and (admitted := self._admit_next())
-        ):
+        while budget > 0 and not preempted and self._admits() and (admitted := self._admit_next()):
             budget -= self._add_chunk(admitted, budget, chunks, copies)
         drawn = [
             member.slot
@@ -315,9 +313,7 @@ class Scheduler:
             for member in (chunk.sequence, *chunk.forks)
         ]
         decode = self._decode[:0] if chunks and self._apart else self._decode
-        sampled = (
-            np.concatenate([decode, np.array(drawn, dtype=np.int64)]) if drawn else decode
-        )
+        sampled = np.concatenate([decode, np.array(drawn, dtype=np.int64)]) if drawn else decode
         plan = Plan(decode, chunks, copies, sampled, 1 if chunks else self._look_ahead(window))
         self._stalled = 0 if len(plan.decode) or chunks or not self.busy else self._stalled + 1
         if self._stalled >= _STALLED_STEPS:
@@ -428,9 +424,7 @@ class Scheduler:
         slots, decode, before = self.slots, self._decode, self.blocks.available
         size = self.blocks.block_size
         for slot in (
-            decode[slots.held[decode] >= slots.reach(decode) + size].tolist()
-            if self._spare
-            else ()
+            decode[slots.held[decode] >= slots.reach(decode) + size].tolist() if self._spare else ()
         ):
             sequence = self.at(slot)
             self.blocks.shrink(sequence.id, int(slots.length[slot] + slots.ahead[slot]))

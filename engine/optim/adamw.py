@@ -477,9 +477,7 @@ def _parts(p: Tensor) -> Sequence[Tensor]:
     """Return the tensor in parts; on a CPU, so small that their copies stay in the cache."""
     most = _FEW if p.device.type == "cpu" else _MANY
     return (
-        p.detach().split(max(1, most * len(p) // p.numel()))
-        if p.numel() > most
-        else (p.detach(),)
+        p.detach().split(max(1, most * len(p) // p.numel())) if p.numel() > most else (p.detach(),)
     )
 
 
