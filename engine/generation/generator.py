@@ -164,13 +164,8 @@ class Generator:
                 f"in on {decoder.device}; cast them: "
                 "actor.decoder.to(torch.bfloat16)"
             )
-        self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = (
-            decoder,
-            tokenizer,
-            watch,
-            strict,
-            value_head,
-        )
+        self.decoder, self.tokenizer, self.value_head = decoder, tokenizer, value_head
+        self._watch, self._strict = watch, strict
         self.weights_version = 0 if watch is None else watch.version
         self.cache = KVCache(
             config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype

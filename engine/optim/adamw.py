@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from fusedrl.engine.base.errors import SetupError
 from fusedrl.engine.config import OptimConfig
 from fusedrl.engine.config.base import either
+from fusedrl.engine.optim.masters import differing_parts
 from fusedrl.engine.parallel.lanes import Gradients, Tree, added, owners_of, send_parameters
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
@@ -56,8 +57,7 @@ _ROW = 4096  # elements whose squares are added up in float32
 _SAMPLED = 1024  # second moments of a parameter that `below_epsilon` reads
 _PART_OF_STATE = re.compile(r"\.(step|exp_avg(_sq)?(\.codes|\.scale)?|master)$")
 _PART = 1 << 16  # elements that are converted to float32 at a time on a CPU
-_FEW = 1 << 18  # elements that are rounded at a time on a CPU
-_MANY = 1 << 24  # elements that are rounded at a time on a GPU, or copied to float32 for a step
+_MANY = 1 << 24  # elements of gradients that are copied to float32 at a time
 
 
 def quantized(numel: int) -> bool:
@@ -274,12 +274,8 @@ class Optimizer:
 
     def _follow(self, names: Iterable[str]) -> None:
         """Copy into the masters what other code wrote to their parameters since the last step."""
-        parts = [
-            pair
-            for name in names
-            for pair in zip(_parts(self._params[name]), _parts(self._masters[name]), strict=True)
-        ]
-        for narrow, wide in _that_differ(parts):
+        pairs = [(self._params[name].detach(), self._masters[name]) for name in names]
+        for narrow, wide in differing_parts(pairs):
             rounded = wide.to(narrow.dtype)
             wide.copy_(torch.where(rounded == narrow, wide, narrow.float()))
 
@@ -471,35 +467,6 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
             sums[name] += grad
 
     return move
-
-
-def _parts(p: Tensor) -> Sequence[Tensor]:
-    """Return the tensor in parts; on a CPU, so small that their copies stay in the cache."""
-    most = _FEW if p.device.type == "cpu" else _MANY
-    return (
-        p.detach().split(max(1, most * len(p) // p.numel())) if p.numel() > most else (p.detach(),)
-    )
-
-
-def _that_differ(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the pairs (parameter, master) in which the parameter is not the rounded master. Waits
-    for a GPU once."""
-
-    def equal(narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-        return _bits(wide.to(narrow.dtype)), _bits(narrow)
-
-    if not parts or parts[0][0].device.type == "cpu":
-        yield from (pair for pair in parts if not torch.equal(*equal(*pair)))
-        return
-    differ = torch.stack([torch.ne(*equal(*pair)).any() for pair in parts]).tolist()
-    yield from (pair for pair, other in zip(parts, differ, strict=True) if other)
-
-
-def _bits(p: Tensor) -> Tensor:
-    """View a 16-bit tensor as integers, of 64 bits if possible: they are compared several times
-    faster than bfloat16."""
-    whole = p.is_contiguous() and p.numel() % 4 == 0 and p.storage_offset() % 4 == 0
-    return p.view(-1).view(torch.int64) if whole else p.view(torch.int16)
 
 
 def _stored(moment: Any) -> list[tuple[str, Tensor]]:
