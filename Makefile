@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c const
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: venv demo test test-full test-page lint types docs bench validate tables kernel-report first-light clean
+.PHONY: venv demo test test-full test-page test-oldest lint types docs bench validate tables kernel-report first-light first-light-packages clean
 
 venv: $(TOOLS)
 
@@ -36,6 +36,16 @@ test-full: venv
 test-page: venv
 	$(PIP) 'fusedrl[page]'
 	$(RUN) -m pytest -rs -m page tests
+
+# The GPU kernels, interpreted and compiled, under the oldest Triton that pyproject.toml allows: machines with GPUs are often behind.
+# Its interpreter does not run with numpy 2.4 or later. What else they need comes from .venv.
+OLDEST := .venv-oldest
+test-oldest: venv
+	test -x $(OLDEST)/bin/python || $(VENV)/bin/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c "import pathlib, sysconfig; own = pathlib.Path(sysconfig.get_path('purelib')); beside = pathlib.Path('$(abspath $(VENV))', *own.parts[-3:]); (own / 'beside.pth').write_text(f'import site; site.addsitedir({str(beside)!r})')"
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps 'triton==3.6.*' 'numpy<2.4'
+	$(OLDEST)/bin/python -c "import numpy, torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not full and not real and not page" -k "triton or offline" tests/kernels
 
 lint: venv
 	$(VENV)/bin/ruff check .
@@ -67,12 +77,17 @@ kernel-report: venv
 	$(RUN) -m bench.kernel_report
 
 # The first minutes on a new machine, from a checkout that may have nothing installed: three parts of at most eight minutes. `make first-light DEVICE=cpu`
-# rehearses them; `make first-light PARTS=truth` runs one.
+# rehearses them (MINUTES=30 on a slow machine); `make first-light PARTS=truth` runs one. `make first-light-packages` fetches what its suites and contests
+# need beside torch; build/first-light can be copied to a machine without a network.
 DEVICE ?= cuda
 OUT ?= runs/first-light
+MINUTES ?= 8
 PARTS := truth engine kernels
+first-light-packages:
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/first-light/packages pytest pytest-benchmark py-cpuinfo pluggy iniconfig packaging pygments hypothesis sortedcontainers liger-kernel
+
 first-light:
-	failed=0; for part in $(PARTS); do $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) bench/first_light.py $$part --device $(DEVICE) --out $(OUT) || failed=1; done; exit $$failed
+	failed=0; for part in $(PARTS); do $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) bench/first_light.py $$part --device $(DEVICE) --out $(OUT) --minutes $(MINUTES) || failed=1; done; exit $$failed
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.so
+	rm -rf $(VENV) $(OLDEST) build *.egg-info kernels/*.so

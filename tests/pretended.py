@@ -168,6 +168,7 @@ def _made(factory: Callable) -> Callable:
         like = factory.__name__.endswith("_like")
         where = options.get("device") or (args[0].device if like else None)
         needs = options.pop("requires_grad", False)
+        options.pop("pin_memory", None)
         if where is not None:
             options["device"] = "cpu" if is_card(where) else where
         args, options = tree_map_only(OnCard, lambda x: x.inner.detach(), (args, options))
@@ -218,6 +219,9 @@ def begin() -> None:
     torch.Tensor.to, torch.Tensor.cuda = _to, lambda self, *args: _Move.apply(self, True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     grid.interpreted = lambda impl, device: impl == "triton"
+    torch.Tensor.pin_memory = lambda self: self
+    torch.cuda.Event = lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    torch.cuda.current_stream = lambda device=None: None
     torch.cuda._lazy_init = lambda: None
     torch.cuda.mem_get_info = lambda device=None: (MEMORY, MEMORY)
     torch.cuda.max_memory_allocated = lambda device=None: 0

@@ -7,6 +7,10 @@ While the same sequences go on decoding, their state stays on the device and is 
 have ended. Tokens that a sequence drew after its end are cut off, so the length of a window changes
 no completion. On a CPU reading costs nothing: there a window ends as soon as a sequence does.
 
+Where steps are captured, the host reads the tokens of a window while the device computes the next
+one. A sequence that has ended meanwhile is in that window, too. It rewrites what it wrote last, and
+what it draws is dropped.
+
 One file: a call, its steps and the completions handed out share one state and one lock.
 """
 
@@ -37,7 +41,7 @@ from fusedrl.engine.generation.graphs import (
 )
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Running, Scheduler
-from fusedrl.engine.generation.state import DecodeState, Tokens, advance
+from fusedrl.engine.generation.state import DecodeState, HostCopy, Tokens, advance, to_device
 from fusedrl.engine.generation.texts import Texts
 from fusedrl.engine.generation.turns import Turns
 from fusedrl.engine.model.decoder import Decoder, own_precision
@@ -51,10 +55,26 @@ _WINDOW, _CPU_WINDOW = 8, 16  # steps until the host reads the tokens; a CPU's m
 class Drawn(NamedTuple):
     """Tokens drawn in the steps of a plan, with their log-probabilities and values, [K, R] each."""
 
+    slots: np.ndarray
+    version: int  # of the weights
     tokens: np.ndarray
     logp: np.ndarray
     values: np.ndarray | None  # None without a value head
+    positions: np.ndarray  # [R], of each sequence's newest token
+    ended: np.ndarray  # [R] bool
     # (ids, offsets) of each step: the tokens that could be drawn, if some sequence returns them
+    kept: list[tuple[np.ndarray, np.ndarray]]
+    rows: np.ndarray  # [R], of each sequence in `kept`
+
+
+class Flight(NamedTuple):
+    """Steps that were launched and whose tokens the host has not read."""
+
+    slots: np.ndarray
+    ids: np.ndarray  # of the sequences that were in these slots
+    version: int
+    steps: int
+    copied: HostCopy
     kept: list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -144,13 +164,8 @@ class Generator:
                 f"in on {decoder.device}; cast them: "
                 "actor.decoder.to(torch.bfloat16)"
             )
-        self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = (
-            decoder,
-            tokenizer,
-            watch,
-            strict,
-            value_head,
-        )
+        self.decoder, self.tokenizer, self.value_head = decoder, tokenizer, value_head
+        self._watch, self._strict = watch, strict
         self.weights_version = 0 if watch is None else watch.version
         self.cache = KVCache(
             config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype
@@ -160,6 +175,7 @@ class Generator:
             config.max_sequences,
             config.max_tokens_per_step,
             values=value_head is not None,
+            apart=graphs is not None or self.cache.k.device.type == "cuda",
         )
         self._table = SamplingTable(config.max_sequences)
         self._texts = Texts(tokenizer)
@@ -179,6 +195,9 @@ class Generator:
             StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
         )
         self._state: DecodeState | None = None
+        self._flights: deque[Flight] = deque()  # the oldest first
+        # states that have the newest tokens of slots whose tokens are not all read
+        self._sources: list[DecodeState] = []
         self._block_table: Tensor | None = None  # the device's copy
 
     # ---- asking ----------------------------------------------------------------------------------
@@ -426,6 +445,9 @@ class Generator:
                     f"the KV cache cannot be lent: {flying} completions are in flight; let their "
                     "streams come to an end, or abort them"
                 )
+            for flight in self._flights:  # of sequences that have all ended
+                flight.copied.arrays()
+            self._flights.clear()
             self.scheduler.blocks.bump()
             self._lent = True
             return self.cache.k, self.cache.v
@@ -477,7 +499,8 @@ class Generator:
 
     @torch.no_grad()
     def _step(self, ticket: Ticket | None, depth: Depth) -> None:
-        """Compute a step that `ticket` waits for."""
+        """Compute a step that `ticket` waits for, and read the tokens of the oldest one that has
+        not been read; while steps are captured, not before another one is under way."""
         try:
             with (
                 contextlib.nullcontext() if self._watch is None else self._watch.still(),
@@ -488,42 +511,48 @@ class Generator:
                 watched = self._table.watched[self.scheduler.decoding].any() or any(
                     one.follows for one in self._tickets
                 )
-                plan = self.scheduler.schedule(1 if watched else self._window)
-                drawn = self._run(plan)
-            if drawn is not None and (drawn.tokens < 0).any():
-                raise RuntimeError(
-                    "Generator: the logits of a sequence hold NaN or infinity; look at the weights "
-                    "(a non-finite update?)"
-                )
+                ahead = int(not watched and self._captures(self.scheduler.decoding))
+                plan = None
+                if len(self._flights) <= ahead:
+                    plan = self.scheduler.schedule(1 if watched else self._window)
+                if plan is not None:
+                    launched = self._launch(plan)
+                    self.scheduler.complete(plan)
+                    ahead = ahead if launched else 0
+                drawn = self._read() if len(self._flights) > ahead or plan is None else None
         except BaseException as error:
             self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
-            self._state = None
+            self._state, self._sources = None, []
+            self._flights.clear()
             for one in self._tickets:
                 lost = list(one.live.values())
                 self.scheduler.finish(lost)
                 one.live.clear()
                 one.error = error if lost and one is not ticket else one.error
             raise
-        self.scheduler.complete(plan)
         if drawn is not None:
-            self._take(plan.sampled, drawn)
+            self._take(drawn)
 
-    def _run(self, plan: Plan) -> Drawn | None:
-        """Run the steps of the plan on the device. Return None if no sequence draws a token."""
+    def _captures(self, drew: np.ndarray) -> bool:
+        """Whether a step in which these slots decode is captured."""
+        return (
+            self._graphs is not None
+            and padded_rows(len(drew)) is not None
+            and not self._table.returns_kept[drew].any()
+        )
+
+    def _launch(self, plan: Plan) -> bool:
+        """Launch the steps of the plan, and note their flight if a sequence draws a token. Return
+        whether there was anything to launch."""
         weights, cache, drew, head = (
             self.decoder.weights(self.scheduler.adapted),
             self.cache,
             plan.sampled,
             self.value_head,
         )
-        if not len(drew) and not plan.chunks:
-            return None
-        captured = (
-            self._graphs is not None
-            and not plan.chunks
-            and padded_rows(len(drew)) is not None
-            and not self._table.returns_kept[drew].any()
-        )
+        if not (plan.chunks or (len(drew) and plan.steps)):
+            return False
+        captured = not plan.chunks and self._captures(drew)
         table_BM = self._device_table()
         tokens = self._tokens(plan) if plan.chunks else None
         state = self._rows_of(drew, captured) if len(drew) else None
@@ -533,7 +562,7 @@ class Generator:
 
         if state is None:
             step()
-            return None
+            return True
         run = step
         if self._graphs is not None and captured:
             most = min(self.decoder.config.max_positions, cache.k.shape[1] * cache.k.shape[4])
@@ -555,16 +584,55 @@ class Generator:
         ):
             run()
             done += 1
-        self._state = state if captured or self._graphs is None else None
+        if captured or self._graphs is None:
+            self._state = state
+        self._depart(plan, state, done)
+        return True
 
-        def read(ring_KR: Tensor) -> np.ndarray:
-            return ring_KR[:done, : len(drew)].cpu().numpy()
+    def _depart(self, plan: Plan, state: DecodeState, steps: int) -> None:
+        """Note that these steps were launched."""
+        slots, drew = self.scheduler.slots, plan.sampled
+        kept = [(kept.token_ids.numpy(), kept.offsets.numpy()) for kept in state.kept]
+        copied = HostCopy(state.drawn(steps, len(drew)), lasting=self._graphs is not None)
+        if self._graphs is not None:
+            slots.ahead[drew] += steps
+            self._sources = [*self._sources, state] if plan.chunks else [state]
+        self._flights.append(
+            Flight(drew, slots.ids[drew], self.weights_version, steps, copied, kept)
+        )
 
+    def _read(self) -> Drawn | None:
+        """Read the tokens of the oldest flight. Drop those of sequences that have left meanwhile.
+
+        Raises:
+            RuntimeError: NaN in the logits of a sequence.
+        """
+        if not self._flights:
+            return None
+        drew, ids, version, steps, copied, kept = self._flights.popleft()
+        tokens, logp, positions, ended, *values = copied.arrays()
+        rows = np.arange(len(drew))
+        if self._graphs is not None:
+            slots = self.scheduler.slots
+            stay = slots.ids[drew] == ids
+            if not stay.all():
+                drew, rows, tokens, logp, positions, ended = (
+                    drew[stay],
+                    rows[stay],
+                    tokens[:, stay],
+                    logp[:, stay],
+                    positions[stay],
+                    ended[stay],
+                )
+                values = [column[:, stay] for column in values]
+            slots.ahead[drew] -= steps
+        if ended.any() and (tokens[:, ended] < 0).any():
+            raise RuntimeError(
+                "Generator: the logits of a sequence hold NaN or infinity; look at the weights "
+                "(a non-finite update?)"
+            )
         return Drawn(
-            read(state.tokens_KR),
-            read(state.logp_KR),
-            None if state.values_KR is None else read(state.values_KR),
-            [(kept.token_ids.numpy(), kept.offsets.numpy()) for kept in state.kept],
+            drew, version, tokens, logp, values[0] if values else None, positions, ended, kept, rows
         )
 
     def _rows_of(self, drew: np.ndarray, captured: bool) -> DecodeState:
@@ -578,6 +646,7 @@ class Generator:
             and ("suppress_ids" in state.columns) == self._table.suppresses(drew, length)
         ):
             return state
+        carried = self._carried(drew) if captured else []
         columns, numbers = self._table.arguments(drew, fixed=captured)
         columns |= {
             "token_ids": slots.tokens[drew, length - 1],
@@ -597,9 +666,26 @@ class Generator:
                 columns, numbers, self._window, device, drew, values=self.value_head is not None
             )
         padded = pad(columns, padded_rows(len(drew)) or len(drew), slots.count)
-        return self._graphs.state(
+        state = self._graphs.state(
             padded, numbers, self._window, device, drew, values=self.value_head is not None
         )
+        for rows_r, moving in carried:
+            state.carry(rows_r, moving)
+        return state
+
+    def _carried(self, drew: np.ndarray) -> list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """Return (rows, what they go on from) of the slots whose newest tokens the host has not
+        read; of a row that is named twice, the last counts."""
+        slots, device, found = self.scheduler.slots, self.cache.k.device, []
+        unread = slots.ahead[drew] > 0
+        for source in self._sources if unread.any() else ():
+            at = np.full(slots.count, -1, dtype=np.int64)  # row of each slot in the source
+            at[source.slots] = np.arange(len(source.slots))
+            rows = np.flatnonzero(unread & (at[drew] >= 0))
+            if len(rows):
+                moving = source.moving(to_device(at[drew[rows]], device))
+                found.append((to_device(rows, device), moving))
+        return found
 
     def _tokens(self, plan: Plan) -> Tokens:
         """Collect the tokens of a step with prefills from the host's arrays."""
@@ -632,15 +718,13 @@ class Generator:
             count += size
             if chunk.final:
                 out.append(np.full(1 + len(chunk.forks), count - 1))
-        token_ids, positions, rows = (
-            torch.from_numpy(np.concatenate(parts, axis=1)).to(device).unbind(0)
-        )
+        token_ids, positions, rows = to_device(np.concatenate(parts, axis=1), device).unbind(0)
         return Tokens(
             token_ids,
             positions,
             rows,
-            torch.from_numpy(np.concatenate(out)).to(device),
-            plan.copies,
+            to_device(np.concatenate(out), device),
+            to_device(np.array(plan.copies, dtype=np.int64), device) if plan.copies else None,
         )
 
     def _device_table(self) -> Tensor:
@@ -654,36 +738,39 @@ class Generator:
             self._block_table = torch.zeros(
                 slots.count + 1, most, dtype=torch.int32, device=self.cache.k.device
             )
+        width = padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1])
         if slots.table_changed:
-            self._block_table[:, : slots.block_table.shape[1]].copy_(
-                torch.from_numpy(slots.block_table)
+            host = np.ascontiguousarray(slots.block_table[:, :width])
+            self._block_table[:, : host.shape[1]].copy_(
+                to_device(host, self._block_table.device), non_blocking=True
             )
             slots.table_changed = False
-        return self._block_table[
-            :,
-            : padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1]),
-        ]
+        return self._block_table[:, :width]
 
-    def _take(self, drew: np.ndarray, drawn: Drawn) -> None:
+    def _take(self, drawn: Drawn) -> None:
         """Append the drawn tokens up to the end of each sequence, and hand out the sequences that
         ended."""
-        slots, tokens_KR, K = self.scheduler.slots, drawn.tokens, len(drawn.tokens)
-        stopped_KR = self._table.is_stop(drew, tokens_KR)
-        ended_KR = stopped_KR | (
-            slots.length[drew] + np.arange(1, K + 1)[:, None] >= slots.limit[drew]
+        slots, drew, tokens_KR, K = (
+            self.scheduler.slots,
+            drawn.slots,
+            drawn.tokens,
+            len(drawn.tokens),
         )
-        ended = ended_KR.any(0)
-        count = (
-            np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
-        )
-        slots.append(drew, tokens_KR, drawn.logp, self.weights_version, count, drawn.values)
+        ended = drawn.ended.copy()
+        # the token that ends a sequence does not become its newest one
+        count = drawn.positions - slots.length[drew] + 1 + ended
+        last = tokens_KR[count - 1, np.arange(len(drew))]
+        count = None if bool((count == K).all()) else count
+        slots.append(drew, tokens_KR, drawn.logp, drawn.version, count, drawn.values)
         self._activity.tokens += K * len(drew) if count is None else int(count.sum())
         if drawn.kept:
             for row in np.flatnonzero(self._table.returns_kept[drew]).tolist():
-                sequence = self.scheduler.at(int(drew[row]))
+                sequence, at = self.scheduler.at(int(drew[row])), int(drawn.rows[row])
                 for ids, offsets in drawn.kept[: K if count is None else int(count[row])]:
-                    sequence.kept.append(ids[offsets[row] : offsets[row + 1]].copy())
-        stopped = stopped_KR[0] if K == 1 else stopped_KR[ended_KR.argmax(0), np.arange(len(drew))]
+                    sequence.kept.append(ids[offsets[at] : offsets[at + 1]].copy())
+        stopped = np.zeros(len(drew), dtype=bool)
+        if ended.any():
+            stopped[ended] = self._table.is_stop(drew[ended], last[ended])
         for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
             slot = int(drew[row])
             sequence = self.scheduler.at(slot)

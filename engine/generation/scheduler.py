@@ -12,6 +12,12 @@ cache: a step computes the last token and draws the next. If nothing prefills, a
 several steps in a row. Every table then has the blocks that all these steps write to, as long as no
 other sequence needs these blocks.
 
+Where decoding steps are captured (graphs.py), prefills are plans of their own, so that decoding
+stays captured. Each costs a call that the host issues launch by launch, so sequences are admitted
+in batches: when an eighth of the running ones have left. There the next plan may be made before the
+tokens of the last one are read. `Slots.ahead` counts such tokens. A sequence may turn out to have
+ended before them; until then it is treated as if it had not.
+
 A model's adapter is on or off for a whole step. So the sequences that want it on and those that
 want it off take turns. When both kinds wait, sequences of the running kind are admitted until the
 first running one leaves; the other kind is admitted when the last has left.
@@ -29,6 +35,7 @@ import numpy as np
 from fusedrl.engine.generation.blocks import BlockManager
 
 _STALLED_STEPS = 8
+_BATCH = 8  # one of so many running sequences must have left before others are admitted apart
 
 
 @dataclass(eq=False, slots=True)
@@ -80,6 +87,8 @@ class Slots:
         self.count, self.block_size = count, block_size
         self.length = np.zeros(count, dtype=np.int64)
         self.limit = np.zeros(count, dtype=np.int64)
+        self.ahead = np.zeros(count, dtype=np.int64)  # tokens that are computed and not yet read
+        self.ids = np.full(count, -1, dtype=np.int64)  # of the sequence in the row
         self.held = np.zeros(count, dtype=np.int64)  # tokens that the blocks of a row's table hold
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logp = np.zeros((count, 0), dtype=np.float32)
@@ -108,6 +117,7 @@ class Slots:
         """Write the columns of `sequence` into the row `sequence.slot`."""
         slot, size = sequence.slot, len(sequence.tokens)
         self.length[slot], self.limit[slot], self.held[slot] = size, sequence.limit, 0
+        self.ahead[slot], self.ids[slot] = 0, sequence.id
         for name in self._columns:
             getattr(self, name)[slot, :size] = getattr(sequence, name)
 
@@ -151,6 +161,10 @@ class Slots:
             self.values[rows, columns] = values
         self.length[slots] = at + (len(steps) if count is None else count)
 
+    def reach(self, slots: np.ndarray) -> np.ndarray:
+        """Return the lengths of these sequences if none of them has ended yet."""
+        return self.length[slots] + self.ahead[slots]
+
     def set_table(self, slot: int, blocks: list[int]) -> None:
         """Set the blocks of the row. The new list may be longer or shorter than the old one, but
         must agree with it in the part that they share."""
@@ -183,7 +197,7 @@ class Plan:
         sampled: slots that draw a token: those of `decode`, then those of the chunks that end a
             prompt, each with its forks.
         steps: number of such steps that may follow one another before the host must read the
-            tokens.
+            tokens; 0 if all that could be drawn is drawn, and must be read.
     """
 
     decode: np.ndarray
@@ -195,7 +209,8 @@ class Plan:
 
 class Scheduler:
     """Owns the queue, the slots and the block manager. Call `submit`, then `schedule` and
-    `complete` in turn; `finish` sequences between steps."""
+    `complete` in turn; `finish` sequences between steps. `apart`: a plan either prefills or
+    decodes."""
 
     def __init__(
         self,
@@ -203,8 +218,9 @@ class Scheduler:
         max_sequences: int,
         max_tokens_per_step: int,
         values: bool = False,
+        apart: bool = False,
     ) -> None:
-        self.blocks = blocks
+        self.blocks, self._apart = blocks, apart
         self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
         self.adapted = True  # whether the running sequences are computed with the adapter
@@ -220,7 +236,9 @@ class Scheduler:
         self._free_slots = list(range(max_sequences))[::-1]
         self._blocked = False  # the head of the queue did not fit, and nothing has left since
         self._stalled = 0
-        self._ahead = False  # some table may hold more than the next step writes
+        self._spare = False  # some table may hold more than the next step writes
+        self._left = 0  # sequences that have left since others were last admitted
+        self._open = False  # admitting goes on until no more fit
 
     @property
     def busy(self) -> bool:
@@ -258,12 +276,13 @@ class Scheduler:
         for queue, adapted in ((self._waiting, self.adapted), (self._others, not self.adapted)):
             queue.extend(sequence for sequence in sequences if sequence.adapted is adapted)
             queue.sort(key=_order)
-        self._blocked = False
+        self._blocked, self._open = False, True
 
     # ---- a step ----------------------------------------------------------------------------------
-    def schedule(self, window: int = 1) -> Plan:
+    def schedule(self, window: int = 1) -> Plan | None:
         """Plan what to compute next, for at most `window` steps. The tables in the plan have the
-        blocks for everything that these steps write.
+        blocks for everything that these steps write. Return None if blocks are short, and the
+        tokens that are not yet read (`Slots.ahead`) may show that some are free.
 
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the
@@ -277,13 +296,15 @@ class Scheduler:
             )
             self._draining = self._blocked = False
         preempted = self._make_room_to_decode()
-        budget = self._budget - len(self._decode)
+        if preempted is None:
+            return None
+        budget = self._budget - (0 if self._apart else len(self._decode))
         chunks: list[Chunk] = []
         copies: list[tuple[int, int]] = []
         for sequence in self._prefilling:
             if budget > 0:
                 budget -= self._add_chunk(sequence, budget, chunks, copies)
-        while budget > 0 and not preempted and (admitted := self._admit()):
+        while budget > 0 and not preempted and self._admits() and (admitted := self._admit_next()):
             budget -= self._add_chunk(admitted, budget, chunks, copies)
         drawn = [
             member.slot
@@ -291,18 +312,9 @@ class Scheduler:
             if chunk.final
             for member in (chunk.sequence, *chunk.forks)
         ]
-        sampled = (
-            np.concatenate([self._decode, np.array(drawn, dtype=np.int64)])
-            if drawn
-            else self._decode
-        )
-        plan = Plan(
-            self._decode,
-            chunks,
-            copies,
-            sampled,
-            1 if chunks or window == 1 else self._look_ahead(window),
-        )
+        decode = self._decode[:0] if chunks and self._apart else self._decode
+        sampled = np.concatenate([decode, np.array(drawn, dtype=np.int64)]) if drawn else decode
+        plan = Plan(decode, chunks, copies, sampled, 1 if chunks else self._look_ahead(window))
         self._stalled = 0 if len(plan.decode) or chunks or not self.busy else self._stalled + 1
         if self._stalled >= _STALLED_STEPS:
             raise RuntimeError(
@@ -318,7 +330,10 @@ class Scheduler:
             self.blocks.commit(sequence.id, self.slots.tokens[sequence.slot, : chunk.stop].tolist())
             if chunk.final:
                 self._prefilling.remove(sequence)
-        self._decode = plan.sampled
+        if not (plan.chunks and self._apart):
+            self._decode = plan.sampled
+        elif len(plan.sampled):
+            self._decode = np.concatenate([self._decode, plan.sampled])
 
     def finish(self, sequences: Iterable[Running]) -> None:
         """Remove sequences, whether they wait or run. Their columns then hold the tokens drawn so
@@ -357,18 +372,20 @@ class Scheduler:
         )
 
     # ---- parts -----------------------------------------------------------------------------------
-    def _make_room_to_decode(self) -> bool:
+    def _make_room_to_decode(self) -> bool | None:
         """Give a block to every decoding sequence whose next token starts a new block. If there are
-        none left, move the newest sequence back to the queue. Return whether that was necessary."""
-        slots, preempted = self.slots, False
-        due = self._decode[slots.length[self._decode] > slots.held[self._decode]]
-        for slot in due.tolist():
+        none left, move the newest sequence back to the queue. Return whether that was necessary;
+        None if it would be, and tokens have to be read first."""
+        slots, decode, preempted = self.slots, self._decode, False
+        reach = np.minimum(slots.reach(decode), slots.limit[decode] - 1)
+        due = reach > slots.held[decode]
+        for slot, tokens in zip(decode[due].tolist(), reach[due].tolist(), strict=True):
             sequence = self._by_slot[slot]
-            while sequence is not None and not self.blocks.grow(
-                sequence.id, int(slots.length[slot])
-            ):
+            while sequence is not None and not self.blocks.grow(sequence.id, tokens):
                 if self._give_back():
                     continue
+                if slots.ahead.any():
+                    return None
                 self._requeue(next(reversed(self._running.values())))
                 # the sequence that needs a block may have been the newest itself
                 sequence, preempted = self._by_slot[slot], True
@@ -380,23 +397,25 @@ class Scheduler:
         """Give the decoding sequences the blocks that they write in up to `window` steps, as far as
         blocks are free. Return the number of steps for which they suffice."""
         slots, decode, size = self.slots, self._decode, self.blocks.block_size
+        if window == 1 and not slots.ahead.any():
+            return 1
         # the last token drawn needs no keys and values
-        length, last = slots.length[decode], slots.limit[decode] - 1
-        steps = max(1, min(window, int((slots.limit[decode] - length).max(initial=1))))
+        reach, last = slots.reach(decode), slots.limit[decode] - 1
+        steps = min(window, int((last + 1 - reach).max(initial=0)))
         while steps > 1:
-            need = np.minimum(length + steps - 1, last)
+            need = np.minimum(reach + steps - 1, last)
             due = need > slots.held[decode]
             fresh = int((-(-need[due] // size) - slots.held[decode[due]] // size).sum())
             if fresh <= self.blocks.available:
                 break
             steps //= 2
         else:
-            return 1
+            return steps
         for slot, tokens in zip(decode[due].tolist(), need[due].tolist(), strict=True):
             sequence = self.at(slot)
             self.blocks.grow(sequence.id, tokens)
             slots.set_table(slot, self.blocks.table(sequence.id))
-        self._ahead |= bool(fresh)
+        self._spare |= bool(fresh)
         return steps
 
     def _give_back(self) -> bool:
@@ -405,15 +424,31 @@ class Scheduler:
         slots, decode, before = self.slots, self._decode, self.blocks.available
         size = self.blocks.block_size
         for slot in (
-            decode[slots.held[decode] >= slots.length[decode] + size].tolist()
-            if self._ahead
-            else ()
+            decode[slots.held[decode] >= slots.reach(decode) + size].tolist() if self._spare else ()
         ):
             sequence = self.at(slot)
-            self.blocks.shrink(sequence.id, int(slots.length[slot]))
+            self.blocks.shrink(sequence.id, int(slots.length[slot] + slots.ahead[slot]))
             slots.set_table(slot, self.blocks.table(sequence.id))
-        self._ahead = False
+        self._spare = False
         return self.blocks.available > before
+
+    def _admits(self) -> bool:
+        """Whether it is time to admit sequences. While others decode and prefills run apart, it is
+        as soon as one of `_BATCH` has left, or all that wait have a slot."""
+        self._open |= (
+            not self._apart
+            or not len(self._decode)
+            or self._left * _BATCH >= len(self._running)
+            or len(self._waiting) <= len(self._free_slots)
+        )
+        return self._open
+
+    def _admit_next(self) -> Running | None:
+        """Admit the next waiting sequence (`_admit`). If it cannot be, admitting ends for now."""
+        admitted = self._admit()
+        if admitted is None:
+            self._open, self._left = False, 0
+        return admitted
 
     def _admit(self) -> Running | None:
         """Admit the next waiting sequence, with a slot and a table, and behind it the fresh samples
@@ -510,7 +545,8 @@ class Scheduler:
         del self._running[sequence.id]
         self._by_slot[slot] = None
         self._free_slots.append(slot)
-        slots.held[slot] = 0
+        slots.held[slot], slots.ahead[slot], slots.ids[slot] = 0, 0, -1
+        self._left += 1
         sequence.slot, sequence.computed = -1, 0
         self._blocked = False
         self._draining = bool(self._others)

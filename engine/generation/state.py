@@ -9,6 +9,10 @@ drawn tokens go into a ring buffer that the host reads every K steps. Rows that 
 the rest move on. No size depends on a value, nothing waits for the host, and the state is changed
 in place: so on CUDA a step can be captured (graphs.py). A row that has ended does not move: it
 computes its last token again, rewrites the same bits in the cache, and its draws are ignored.
+
+What goes to a GPU or comes back is queued behind the work that was launched before, and the host
+goes on (`to_device`, `HostCopy`). So the next steps can be launched before the tokens of the last
+ones are read, and a row may move from one state to another without a look of the host (`carry`).
 """
 
 from __future__ import annotations
@@ -38,13 +42,49 @@ ARGUMENTS = ("temperature", "top_k", "top_p", "min_p")
 
 class Tokens(NamedTuple):
     """Tokens of one step, [N] each. `out_slots` [R]: indices of the tokens after which a token is
-    drawn; None: all. `copies`: blocks to copy once the tokens are computed."""
+    drawn; None: all. `copies` [P, 2]: blocks (source, destination) to copy once the tokens are
+    computed."""
 
     token_ids: Tensor
     positions: Tensor
     rows: Tensor
     out_slots: Tensor | None = None
-    copies: Sequence[tuple[int, int]] = ()
+    copies: Tensor | None = None
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a GPU without waiting for the work that is queued there. On a CPU, return
+    the array itself as a tensor."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+class HostCopy:
+    """Copies of tensors in the host's memory, with the values that they have when the work queued
+    so far is done. `arrays` waits for it. `lasting`: whether more is computed before they are read;
+    if not, those of a CPU are the tensors themselves."""
+
+    def __init__(self, tensors: Sequence[Tensor], lasting: bool) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].device.type != "cuda":
+            self._tensors = [tensor.clone() for tensor in tensors] if lasting else list(tensors)
+            return
+        self._tensors = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+                tensor, non_blocking=True
+            )
+            for tensor in tensors
+        ]
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tensors[0].device))
+
+    def arrays(self) -> list[np.ndarray]:
+        """Return the copies as arrays."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
 
 
 class DecodeState:
@@ -75,12 +115,12 @@ class DecodeState:
     ) -> None:
         # The positions in the keys and those of the newest tokens are adjacent in memory, so that
         # one addition advances both.
-        counters_5R = torch.from_numpy(
-            np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]]))
-        ).to(device)
+        counters_5R = to_device(
+            np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]])), device
+        )
         self._moving_2R = counters_5R[3:]
         self.columns = {
-            name: torch.from_numpy(column).to(device)
+            name: to_device(column, device)
             for name, column in columns.items()
             if name not in ("keys", "positions")
         }
@@ -105,8 +145,32 @@ class DecodeState:
     def refill(self, columns: dict[str, np.ndarray], slots: np.ndarray) -> None:
         """Replace the rows by others of the same shapes, at the same addresses."""
         for name, column in columns.items():
-            self.columns[name].copy_(torch.from_numpy(column))
+            own = self.columns[name]
+            own.copy_(to_device(np.ascontiguousarray(column), own.device), non_blocking=True)
         self.slots = slots
+
+    def moving(self, rows_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return copies of everything that a step changes of these rows."""
+        return (
+            self.columns["token_ids"].index_select(0, rows_r),
+            self.columns["finished"].index_select(0, rows_r),
+            self._moving_2R.index_select(1, rows_r),
+        )
+
+    def carry(self, rows_r: Tensor, moving: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Let these rows go on from where rows of another state are (`moving`)."""
+        token_ids_r, finished_r, moving_2r = moving
+        self.columns["token_ids"].index_copy_(0, rows_r, token_ids_r)
+        self.columns["finished"].index_copy_(0, rows_r, finished_r)
+        self._moving_2R.index_copy_(1, rows_r, moving_2r)
+
+    def drawn(self, steps: int, rows: int) -> list[Tensor]:
+        """Return of the first rows what the host reads after so many steps: tokens and
+        log-probabilities [K, R], the positions of the newest tokens and whether the rows have ended
+        [R], and the values [K, R], if there are any."""
+        ring = [self.tokens_KR[:steps, :rows], self.logp_KR[:steps, :rows]]
+        ring += [self.columns["positions"][:rows], self.columns["finished"][:rows]]
+        return ring if self.values_KR is None else [*ring, self.values_KR[:steps, :rows]]
 
     def suppressed(self, vocab_size: int) -> Tensor | None:
         """Return [R, V] bool: the tokens that may not be drawn now."""
@@ -158,7 +222,7 @@ def advance(
     hidden_RH = (strict_step if strict else decode_step)(
         weights, token_ids_N, positions_N, rows_N, block_table_BM, cache.k, cache.v, out_slots_R
     )
-    if copies:
+    if copies is not None:
         copy_blocks(cache.k, cache.v, copies)
     if state is None:
         return

@@ -254,18 +254,19 @@ class Decoder(nn.Module):
         device: torch.device | str | None = None,
     ) -> Decoder:
         """Create a decoder with normal(0, initializer_range) matrices, norms that multiply by 1,
-        and biases 0. The numbers are drawn on the CPU in float32, so they are the same on every
-        device."""
+        and biases 0. A GPU draws its numbers itself, so they are others than those of a CPU. For
+        the same numbers on every device, create the decoder on a CPU and move it."""
         decoder = cls(config, dtype=dtype, device=device)
-        generator = torch.Generator().manual_seed(seed)
+        where = "cpu" if decoder.embedding.device.type == "cpu" else decoder.embedding.device
+        generator = torch.Generator(where).manual_seed(seed)
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
                 if parameter.ndim > 1:
-                    parameter.copy_(
-                        torch.empty(parameter.shape).normal_(
-                            0.0, config.initializer_range, generator=generator
-                        )
-                    )
+                    # in float32, so that other dtypes have the same numbers, rounded
+                    drawn = parameter if where != "cpu" else torch.empty(parameter.shape)
+                    drawn.normal_(0.0, config.initializer_range, generator=generator)
+                    if drawn is not parameter:
+                        parameter.copy_(drawn)
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0 - config.norm_offset)
         return decoder

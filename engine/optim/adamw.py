@@ -11,8 +11,9 @@ A sum of gradients has the same trouble. If 256 micro-batches are added up in bf
 ones are rounded away against the sum of the earlier ones (3.6% off; one micro-batch is 0.17% off,
 and 256 added up in float32 0.015%). All stages use accumulate="float32": as soon as a backward pass
 has a low-precision parameter's gradient, it is added to a float32 sum and freed, so `.grad` is None
-afterwards. The sums take 4 bytes a parameter until `zero_grad`. Without them, `.grad` takes 2 and
-the float32 copies in the step 4 more.
+afterwards. The sums take 4 bytes a parameter until `zero_grad`. Without them, `.grad` takes 2, and
+the step copies to float32 as many gradients at a time as have 16 million numbers, or one that has
+more.
 
 With eps_mode="tensorflow", epsilon is added to the root of the biased second moment, as in
 TensorFlow and in the paper's "epsilon hat":
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from fusedrl.engine.base.errors import SetupError
 from fusedrl.engine.config import OptimConfig
 from fusedrl.engine.config.base import either
+from fusedrl.engine.optim.masters import differing_parts
 from fusedrl.engine.parallel.lanes import Gradients, Tree, added, owners_of, send_parameters
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
@@ -55,7 +57,7 @@ _ROW = 4096  # elements whose squares are added up in float32
 _SAMPLED = 1024  # second moments of a parameter that `below_epsilon` reads
 _PART_OF_STATE = re.compile(r"\.(step|exp_avg(_sq)?(\.codes|\.scale)?|master)$")
 _PART = 1 << 16  # elements that are converted to float32 at a time on a CPU
-_FEW = 1 << 18  # elements that are rounded at a time on a CPU
+_MANY = 1 << 24  # elements of gradients that are copied to float32 at a time
 
 
 def quantized(numel: int) -> bool:
@@ -177,17 +179,19 @@ class Optimizer:
                 was made.
         """
         self._check_kinds()
+        grads: Gradients = {}
         if not trees:
-            whole = self.gradients()
-            live, norm = list(whole), grad_norm(whole.values())
-            grads = {name: grad for name, grad in whole.items() if name in self._masters}
+            live = [name for name in self._params if self._reached(name)]
+            norm = _norm_of(_row_norms(self._gradient(name)) for name in live)
+            portions = self._portions([name for name in live if name in self._masters])
         else:
-            grads, found = {}, set[str]()
+            found = set[str]()
             for tree in trees:
                 part, names = tree.result()
                 grads, found = added(grads, part), found.union(names)
             live = [name for name in self._params if name in found]
             norm = self._norm(grads)
+            portions = [list(grads)]
         if not live:
             raise RuntimeError(
                 f"Optimizer.step: none of its {len(self._params)} parameters has a gradient: no "
@@ -197,24 +201,51 @@ class Optimizer:
             )
         if not math.isfinite(norm):
             return StepResult(norm, False)
-        if max_grad_norm is not None and norm > max_grad_norm and grads:
-            torch._foreach_mul_(list(grads.values()), max_grad_norm / norm)
-        low = [name for name in grads if self._masters[name] is not self._params[name]]
-        self._follow(low)
-        for name, grad in grads.items():
-            self._masters[name].grad = grad
+        scale = max_grad_norm / norm if max_grad_norm is not None and norm > max_grad_norm else None
         self._done += 1
         if self._hat:
             for group in self._groups:
                 group["eps"] = self._eps / math.sqrt(1.0 - group["betas"][1] ** self._done)
         self.begun += 1
-        if self._adamw is not None:
-            self._adamw.step()
+        for names in portions:
+            self._update({n: grads[n] if trees else self._gradient(n) for n in names}, scale)
+        send_parameters(self._ranks, self._owners, self._params, live)
+        return StepResult(norm, True)
+
+    def _update(self, grads: Gradients, scale: float | None) -> None:
+        """Update these parameters, with their gradients times `scale`."""
+        if not grads:
+            return
+        if scale is not None:
+            torch._foreach_mul_(list(grads.values()), scale)
+        low = [name for name in grads if self._masters[name] is not self._params[name]]
+        self._follow(low)
+        own = [name for name in self._masters if name not in grads]
+        # AdamW leaves parameters alone that have no gradient
+        aside = {name: self._masters[name].grad for name in own}
+        for name in self._masters:
+            self._masters[name].grad = grads.get(name)
+        self._adamw.step()
         for name in low:
             self._masters[name].grad = None
             self._params[name].copy_(self._masters[name])
-        send_parameters(self._ranks, self._owners, self._params, live)
-        return StepResult(norm, True)
+        for name, grad in aside.items():
+            self._masters[name].grad = grad
+
+    def _portions(self, names: Sequence[str]) -> list[list[str]]:
+        """Divide parameters into those that are updated together: first all whose gradients are in
+        the master's dtype already, then the others, few enough that their copies are small."""
+        found, room = [[name for name in names if not self._copies(name)]], 0
+        for name in names:
+            if not self._copies(name):
+                continue
+            numel = self._params[name].numel()
+            if numel > room:
+                found.append([])
+                room = _MANY
+            found[-1].append(name)
+            room -= numel
+        return found
 
     def _norm(self, grads: Gradients) -> float:
         """Return the global norm of gradients that are divided among the ranks. The bits are the
@@ -243,13 +274,10 @@ class Optimizer:
 
     def _follow(self, names: Iterable[str]) -> None:
         """Copy into the masters what other code wrote to their parameters since the last step."""
-        for name in names:
-            for narrow, wide in zip(
-                _parts(self._params[name]), _parts(self._masters[name]), strict=True
-            ):
-                rounded = wide.to(narrow.dtype)
-                if not torch.equal(_bits(rounded), _bits(narrow)):
-                    wide.copy_(torch.where(rounded == narrow, wide, narrow.float()))
+        pairs = [(self._params[name].detach(), self._masters[name]) for name in names]
+        for narrow, wide in differing_parts(pairs):
+            rounded = wide.to(narrow.dtype)
+            wide.copy_(torch.where(rounded == narrow, wide, narrow.float()))
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
@@ -257,16 +285,25 @@ class Optimizer:
         parameters' own gradients if these are float32 or wider, otherwise their float32 sums, or
         float32 copies of `.grad` if there are no sums. Parameters that no backward pass reached are
         missing."""
-        found: dict[str, Tensor] = {}
-        for name, p in self._params.items():
-            if p.grad is not None and name in self._sums:
-                # the caller has set .grad by hand although there is a sum
-                found[name] = self._sums[name] + p.grad
-            elif p.grad is not None:
-                found[name] = p.grad if p.dtype == _wide(p) else p.grad.float()
-            elif name in self._sums:
-                found[name] = self._sums[name]
-        return found
+        return {name: self._gradient(name) for name in self._params if self._reached(name)}
+
+    def _reached(self, name: str) -> bool:
+        """Whether a backward pass has reached this parameter since `zero_grad`."""
+        return self._params[name].grad is not None or name in self._sums
+
+    def _copies(self, name: str) -> bool:
+        """Whether `_gradient` is a copy."""
+        p = self._params[name]
+        return p.grad is not None and (name in self._sums or p.dtype != _wide(p))
+
+    def _gradient(self, name: str) -> Tensor:
+        """Return the gradient of a parameter that was reached, in the master's dtype."""
+        p = self._params[name]
+        if p.grad is None:
+            return self._sums[name]
+        if name in self._sums:  # the caller has set .grad by hand although there is a sum
+            return self._sums[name] + p.grad
+        return p.grad if p.dtype == _wide(p) else p.grad.float()
 
     def take(self) -> Gradients:
         """Return `gradients`, and keep none of them: they belong to the caller from now on."""
@@ -432,22 +469,6 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
     return move
 
 
-def _parts(p: Tensor) -> Sequence[Tensor]:
-    """Return the tensor; on a CPU, in parts so small that their copies stay in the cache."""
-    return (
-        p.detach().split(max(1, _FEW * len(p) // p.numel()))
-        if p.device.type == "cpu" and p.numel() > _FEW
-        else (p.detach(),)
-    )
-
-
-def _bits(p: Tensor) -> Tensor:
-    """View a 16-bit tensor as integers, of 64 bits if possible: they are compared several times
-    faster than bfloat16."""
-    whole = p.is_contiguous() and p.numel() % 4 == 0 and p.storage_offset() % 4 == 0
-    return p.view(-1).view(torch.int64) if whole else p.view(torch.int16)
-
-
 def _stored(moment: Any) -> list[tuple[str, Tensor]]:
     """Return the tensors of a moment that are saved: the moment itself, or its codes and scales."""
     return (
@@ -475,8 +496,13 @@ def grad_norm(grads: Iterable[Tensor]) -> float:
     Squares are summed in float32 over rows of 4096, and in float64 over the rows: one float32 sum
     of 67M squares is 0.5% off on a CPU.
     """
-    rows = [_row_norms(grad) for grad in grads]
-    return float(torch.linalg.vector_norm(torch.cat(rows))) if rows else 0.0
+    return _norm_of(map(_row_norms, grads))
+
+
+def _norm_of(rows: Iterable[Tensor]) -> float:
+    """Return the norm of the numbers in these tensors; 0 without tensors."""
+    found = list(rows)
+    return float(torch.linalg.vector_norm(torch.cat(found))) if found else 0.0
 
 
 def _row_norms(grad: Tensor) -> Tensor:
