@@ -15,6 +15,7 @@ A module of kernels/ takes part by a table of its own, name -> what `triton.comp
             num_warps=8,  # optional, 4 by default
             num_stages=3,  # optional, Triton's own by default
             targets=("sm_90",),  # optional, where it may run; everywhere by default
+            divisible=("row",),  # optional, scalars that are multiples of 16 in practice
         ),
     }
 
@@ -104,7 +105,7 @@ def compile_one(entry: dict, target: tuple) -> dict:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in entry.get("divisible", ())
     }
     source = ASTSource(
         kernel,

@@ -45,7 +45,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(
         attention_triton,
         "_shape",
-        lambda D, backward: {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "R": 16, "C": 16},
+        lambda D, kind, wgmma: {
+            "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+            "R": 32 if kind == "q" else 16,
+            "C": 32 if kind == "kv" else 16,
+            "num_warps": 4,
+        },
     )
 
 
