@@ -86,7 +86,7 @@ def cuda_sources() -> list[tuple[str, tuple[str, ...], bool]]:
 
 def compile_one(entry: dict, target: tuple) -> dict:
     """Registers a thread, spills (bytes on NVIDIA, registers on AMD) and shared bytes of one kernel
-    for one GPU."""
+    for one GPU; its instructions for the tensor cores of sm_90, and scans that run backwards."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,9 +120,11 @@ def compile_one(entry: dict, target: tuple) -> dict:
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     if target[0] == "cuda":
         (usage,) = nvidia_usage(compiled.asm["cubin"]).values()
+        usage["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
     else:
         usage = _amd_usage(compiled.asm["amdgcn"])
-    return {**usage, "shared": compiled.metadata.shared}
+    backwards = compiled.asm["ttir"].count("reverse = true")
+    return {**usage, "shared": compiled.metadata.shared, "reverse_scans": backwards}
 
 
 def nvidia_usage(cubin: bytes) -> dict[str, dict]:
