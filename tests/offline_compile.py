@@ -15,6 +15,7 @@ A module of kernels/ takes part by a table of its own, name -> what `triton.comp
             num_warps=8,  # optional, 4 by default
             num_stages=3,  # optional, Triton's own by default
             targets=("sm_90",),  # optional, where it may run; everywhere by default
+            divisible=("row",),  # optional, scalars that are multiples of 16 in practice
         ),
     }
 
@@ -85,7 +86,7 @@ def cuda_sources() -> list[tuple[str, tuple[str, ...], bool]]:
 
 def compile_one(entry: dict, target: tuple) -> dict:
     """Registers a thread, spills (bytes on NVIDIA, registers on AMD) and shared bytes of one kernel
-    for one GPU."""
+    for one GPU; its instructions for the tensor cores of sm_90, and scans that run backwards."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,7 +105,7 @@ def compile_one(entry: dict, target: tuple) -> dict:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in entry.get("divisible", ())
     }
     source = ASTSource(
         kernel,
@@ -119,9 +120,11 @@ def compile_one(entry: dict, target: tuple) -> dict:
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     if target[0] == "cuda":
         (usage,) = nvidia_usage(compiled.asm["cubin"]).values()
+        usage["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
     else:
         usage = _amd_usage(compiled.asm["amdgcn"])
-    return {**usage, "shared": compiled.metadata.shared}
+    backwards = compiled.asm["ttir"].count("reverse = true")
+    return {**usage, "shared": compiled.metadata.shared, "reverse_scans": backwards}
 
 
 def nvidia_usage(cubin: bytes) -> dict[str, dict]:

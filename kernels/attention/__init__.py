@@ -314,10 +314,10 @@ def fault(name: str, device: str) -> str | None:
 
 
 def _refused(
-    device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
+    device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None
 ) -> dict[str, str]:
     """Return the implementations that do not support such a call, each with the reason."""
-    refused = _flash.refused(dtype, head_dim, groups, softcap)
+    refused = _flash.refused(dtype, head_dim, softcap)
     if dtype == torch.float64:
         return refused | dict.fromkeys(("cpp", "triton"), "it computes in float32")
     if head_dim > _triton.LARGEST_HEAD:
@@ -382,7 +382,7 @@ def varlen_attention(
             f"{op}: expected query heads in a multiple of the key/value heads and cu_seqlens "
             f"[B+1], got Hq {Hq}, Hkv {Hkv}, B+1 {B1}"
         )
-    refused = _refused(q.device, q.dtype, D, Hq // Hkv, softcap)
+    refused = _refused(q.device, q.dtype, D, softcap)
     chosen = _IMPLS.choose(q.device, impl, refused)
     while (why := fault(chosen, str(q.device))) is not None:
         refused[chosen] = why

@@ -25,11 +25,8 @@ _flash_attn, _torch_varlen, _torch_knows = (
 )
 
 
-def refused(
-    dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
-) -> dict[str, str]:
-    """Return which of the two packages do not support such a call, each with the reason. `groups`:
-    query heads per key/value head."""
+def refused(dtype: torch.dtype, head_dim: int, softcap: float | None) -> dict[str, str]:
+    """Return which of the two packages do not support such a call, each with the reason."""
     if dtype not in (torch.bfloat16, torch.float16):
         return dict.fromkeys(("flash_attn", "torch_varlen"), "it serves bfloat16 and float16 only")
     if head_dim % 8 or head_dim > 256:
@@ -39,8 +36,6 @@ def refused(
         )
     if softcap is not None:
         return {"torch_varlen": "it has no softcap"}
-    if groups > 1 and "enable_gqa" not in _torch_knows:
-        return {"torch_varlen": "that of this torch takes as many key/value heads as query heads"}
     return {}
 
 
@@ -94,8 +89,11 @@ def torch_varlen(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Compute attention with torch.nn.attention.varlen."""
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    """Compute attention with torch.nn.attention.varlen. Before it had the option enable_gqa it
+    passed grouped heads on as they are; the trial, whose heads are grouped, shows what became of
+    them."""
+    flag = {"enable_gqa": True} if "enable_gqa" in _torch_knows else {}
+    grouped = flag if q.shape[1] != k.shape[1] else {}
     return _torch_varlen(
         _dense_heads(q),
         _dense_heads(k),

@@ -2,9 +2,14 @@
 
 The mathematics and shapes are those of __init__.py. A program walks its sequence in chunks and
 carries state from one chunk to the next, so the length of a sequence is a run-time argument. gae
-and shaped_gae walk from the end, in one launch. Associative scans from the right find the next
-unmasked value (if tokens are masked) and compose the recurrence's (a, b). A second launch applies
-shaped_gae's whitening.
+and shaped_gae walk from the end, in one launch. Associative scans find the next unmasked value (if
+tokens are masked) and compose the recurrence's (a, b). A second launch applies shaped_gae's
+whitening.
+
+Scans from the end run forward over lanes that hold the tokens in reverse order: lane 0 loads and
+stores the last token of a chunk. Triton's own reverse scan is not used. In released versions it has
+been reported wrong where the order of the operands matters (triton issues 4362 and 8412), as it
+does here.
 
 k_step_advantages is two launches and O(N) work, whatever k. The unmasked tokens of a sequence are
 divided into blocks of k, so a window of k consists of the end of one block and the beginning of the
@@ -44,6 +49,7 @@ _BLOCK, _MERGED = 1024, 256  # whitening: tokens, and sequences' moments, at a t
 # ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _compose(a_right, b_right, a_left, b_left):
+    # The scan meets tokens from the end, so its first operand is what lies right of the second.
     return a_left * a_right, b_left + a_left * b_right
 
 
@@ -117,14 +123,14 @@ def _next_value(values_ptr, mask_ptr, t, length, carry_value):
     v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
     has_next = live_1.to(tl.int32)
     if mask_ptr is not None:
-        has_next, v_1 = tl.associative_scan((has_next, v_1), 0, _nearest, reverse=True)
+        has_next, v_1 = tl.associative_scan((has_next, v_1), 0, _nearest)
     return tl.where(has_next != 0, v_1, carry_value), has_next
 
 
 @triton.jit
 def _advantages(delta, live, decay, carry_advantage):
     """Compute the recurrence across masked tokens; the result is defined at every token."""
-    a, local = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose, reverse=True)
+    a, local = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose)
     return local + a * carry_advantage
 
 
@@ -156,7 +162,7 @@ def _gae_kernel(
         carry_value = tl.load(last_values_ptr + b)
     chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = (chunks - 1 - i) * CHUNK + lane
+        t = (chunks - i) * CHUNK - 1 - lane  # from the end
         live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0)
         reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
@@ -165,8 +171,8 @@ def _gae_kernel(
         running = _advantages(delta, live, decay, carry_advantage)
         tl.store(advantages_ptr + t, tl.where(live, running, 0.0), mask=t < length)
         tl.store(returns_ptr + t, tl.where(live, running + v, 0.0), mask=t < length)
-        carry_advantage = _at(running, lane, 0)
-        carry_value = _at(next_v, lane, 0)
+        carry_advantage = _at(running, lane, CHUNK - 1)
+        carry_value = _at(next_v, lane, CHUNK - 1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -221,7 +227,7 @@ def _shaped_gae_kernel(
     m2 = tl.full([], 0.0, tl.float64)
     chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = (chunks - 1 - i) * CHUNK + lane
+        t = (chunks - i) * CHUNK - 1 - lane  # from the end
         inside = t < length
         live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0).to(tl.float32)
@@ -247,9 +253,9 @@ def _shaped_gae_kernel(
         tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=inside)
         tl.store(rewards_ptr + t, reward, mask=inside)
 
-        carry_advantage = _at(running, lane, 0)
-        carry_value = _at(next_v, lane, 0)
-        carry_live = _at(has_next, lane, 0)
+        carry_advantage = _at(running, lane, CHUNK - 1)
+        carry_value = _at(next_v, lane, CHUNK - 1)
+        carry_live = _at(has_next, lane, CHUNK - 1)
         kl_sum += tl.sum(kl).to(tl.float64)
         if WHITEN:
             n_c, mean_c, m2_c = moments(advantage, live)
@@ -355,24 +361,24 @@ def _k_step_kernel(
     carry = tl.full([], 0.0, tl.float32)
     chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = (chunks - 1 - i) * CHUNK + lane
+        t = (chunks - i) * CHUNK - 1 - lane  # from the end
         live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0)
         reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
         p = t
         if mask_ptr is not None:
-            p = left - tl.cumsum(live.to(tl.int32), 0, reverse=True)
+            p = left - tl.cumsum(live.to(tl.int32), 0)
             left -= tl.sum(live.to(tl.int32))
         in_block = p % k
         reward = tl.where(live & (p == count - 1), reward + gamma * last_value, reward)
         ends = live & (in_block == k - 1)
         seen, a, window = tl.associative_scan(
-            (ends.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _to_end, reverse=True
+            (ends.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _to_end
         )
         window = tl.where(seen != 0, window, window + a * carry)
         a = tl.where(seen != 0, a, a * carry_a)
-        carry_a = _at(a, lane, 0)
-        carry = _at(window, lane, 0)
+        carry_a = _at(a, lane, CHUNK - 1)
+        carry = _at(window, lane, CHUNK - 1)
 
         # of the window; in the next block if that exists and this is not all of its own
         last = tl.minimum(p + k, count) - 1

@@ -4,6 +4,7 @@ chosen, and what it is given."""
 import inspect
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -155,22 +156,20 @@ def test_the_installed_torch_takes_these_arguments(routes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "groups", "softcap", "want"),
+    ("dtype", "head_dim", "softcap", "want"),
     [
-        (BF16, 128, 4, None, "flash_attn torch_varlen triton torch"),
-        (F16, 256, 1, None, "flash_attn torch_varlen triton torch"),
-        (BF16, 128, 4, 50.0, "flash_attn triton torch"),
-        (F32, 128, 4, None, "torch"),
-        (F64, 128, 1, None, "torch"),
-        (BF16, 264, 1, None, "torch"),
-        (BF16, 36, 1, 50.0, "triton torch"),
+        (BF16, 128, None, "flash_attn torch_varlen triton torch"),
+        (F16, 256, None, "flash_attn torch_varlen triton torch"),
+        (BF16, 128, 50.0, "flash_attn triton torch"),
+        (F32, 128, None, "torch"),
+        (F64, 128, None, "torch"),
+        (BF16, 264, None, "torch"),
+        (BF16, 36, 50.0, "triton torch"),
     ],
 )
-def test_the_first_route_that_serves_the_call(
-    dtype, head_dim, groups, softcap, want, routes, monkeypatch
-):
+def test_the_first_route_that_serves_the_call(dtype, head_dim, softcap, want, routes, monkeypatch):
     monkeypatch.setitem(dispatch._WHY_NOT, ("triton", "cuda"), None)
-    refused = attention._refused(CUDA, dtype, head_dim, groups, softcap)
+    refused = attention._refused(CUDA, dtype, head_dim, softcap)
     assert attention._IMPLS.choose(CUDA, None, refused) == want.split()[0]
     for name in ("flash_attn", "torch_varlen"):
         if name in want:
@@ -188,10 +187,33 @@ def test_the_first_route_that_serves_the_call(
     assert attention._IMPLS.choose(CUDA, None, refused) == left[0]
 
 
-def test_a_torch_without_grouped_heads(routes, monkeypatch):
-    monkeypatch.setattr(attention_flash, "_torch_knows", frozenset({"window_size", "scale"}))
-    assert "as many key/value heads" in attention_flash.refused(BF16, 64, 2, None)["torch_varlen"]
-    assert attention_flash.refused(BF16, 64, 1, None) == {}
+def test_a_torch_without_the_flag_for_grouped_heads(routes, monkeypatch):
+    """torch 2.11 passes grouped heads on without a flag, which it does not have: that is tried, and
+    used where it is right."""
+
+    def older(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return documented(q, k, v, cu_q, False, window_size, 0.0, scale)
+
+    def ignores_the_group(q, k, v, cu_q, *rest, **options):
+        heads = torch.arange(q.shape[1]) % k.shape[1]  # every other head, not neighbours
+        return older(q, k[:, heads], v[:, heads], cu_q, *rest, **options)
+
+    knows = frozenset(inspect.signature(older).parameters)
+    monkeypatch.setattr(attention_flash, "_torch_knows", knows)
+    monkeypatch.setitem(dispatch._WHY_NOT, ("flash_attn", "cpu"), "it is not installed")
+    q, k, v = torch.randn(3, 14, 4, 8, generator=torch.Generator().manual_seed(0)).to(BF16)
+    arguments = (q, k[:, :2], v[:, :2], torch.tensor([0, 5, 14], dtype=torch.int32))
+    monkeypatch.setattr(
+        attention, "_IMPLS", dispatch.Implementations("x", cpu=("torch_varlen", "torch"), cuda=())
+    )
+    for function, served in ((older, "torch_varlen"), (ignores_the_group, "torch")):
+        monkeypatch.setattr(attention_flash, "_torch_varlen", function)
+        monkeypatch.setattr(attention_verify, "_found", {})
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            got = varlen_attention(*arguments, max_length=9)
+            assert torch.equal(got, varlen_attention(*arguments, max_length=9, impl=served))
+        assert ["is off by" in str(each.message) for each in said] == [True] * (served == "torch")
 
 
 def test_probes(monkeypatch):
