@@ -15,7 +15,7 @@ A module of kernels/ takes part by a table of its own, name -> what `triton.comp
             num_warps=8,  # optional, 4 by default
             num_stages=3,  # optional, Triton's own by default
             targets=("sm_90",),  # optional, where it may run; everywhere by default
-            divisible=("row",),  # optional, scalars that are multiples of 16 in practice
+            divisible=("row",),  # optional, integers that are multiples of 16 in practice
         ),
     }
 
@@ -84,9 +84,8 @@ def cuda_sources() -> list[tuple[str, tuple[str, ...], bool]]:
     ]
 
 
-def compile_one(entry: dict, target: tuple) -> dict:
-    """Registers a thread, spills (bytes on NVIDIA, registers on AMD) and shared bytes of one kernel
-    for one GPU; its instructions for the tensor cores of sm_90, and scans that run backwards."""
+def compile_entry(entry: dict, target: tuple):
+    """One kernel compiled for one GPU, as Triton returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -117,7 +116,13 @@ def compile_one(entry: dict, target: tuple) -> dict:
     options = {"num_warps": entry.get("num_warps", 4), "enable_fp_fusion": True}
     if "num_stages" in entry:
         options["num_stages"] = entry["num_stages"]
-    compiled = triton.compile(source, target=GPUTarget(*target), options=options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def compile_one(entry: dict, target: tuple) -> dict:
+    """Registers a thread, spills (bytes on NVIDIA, registers on AMD) and shared bytes of one kernel
+    for one GPU; its instructions for the tensor cores of sm_90, and scans that run backwards."""
+    compiled = compile_entry(entry, target)
     if target[0] == "cuda":
         (usage,) = nvidia_usage(compiled.asm["cubin"]).values()
         usage["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")

@@ -8,6 +8,20 @@ using int64 = long long;
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
+// 2 to the power x, 0 where that is no normal number; one instruction on a GPU.
+__device__ __forceinline__ float exp2_of(float x) {
+#ifdef FUSEDRL_SIMT
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLeast = -290.0f;  // 2 to this power is 0, and not -inf times 0 of a masked logit
+
 // Sums in a fixed tree: the same bits in every lane and on every run.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
@@ -60,8 +74,14 @@ __device__ __forceinline__ void store4(float* __restrict__ to, int64 t, const fl
 __device__ __forceinline__ float from_bf16(unsigned bits) { return __uint_as_float(bits << 16); }
 
 __device__ __forceinline__ unsigned to_bf16(float x) {  // to the nearest, ties to even
+#ifdef FUSEDRL_SIMT
     const unsigned bits = __float_as_uint(x);
     return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+#else
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#endif
 }
 
 #ifndef FUSEDRL_SIMT  // csrc/simt/simt.h has its own

@@ -23,35 +23,40 @@ __device__ __forceinline__ int64 elements_to_boundary(const Element* row, int64 
     return count < V ? count : V;
 }
 
+__device__ __forceinline__ void load_whole(const Element* vector, float z[kWidth]) {
+    const Vector x = *reinterpret_cast<const Vector*>(vector);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) z[i] = widen(x.at[i]);
+}
+
 __device__ __forceinline__ void load_vector(const Element* row, int64 v, int64 V, float z[kWidth]) {
     if (v + kWidth <= V) {
-        const Vector x = *reinterpret_cast<const Vector*>(row + v);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) z[i] = widen(x.at[i]);
+        load_whole(row + v, z);
     } else {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) z[i] = v + i < V ? widen(row[v + i]) : -infinity();
     }
 }
 
-struct Sums {  // over some columns: the maximum m, sum of e^d, sum of d e^d, with d = (z - m) / T
+// Over some columns: the maximum m, sum of 2^d, sum of d 2^d, with d = (z - m) scale and scale = log2(e) / T.
+struct Sums {
     float m = -infinity(), S = 0.0f, W = 0.0f;
 };
 
-// The factor that moves sums from maximum m to `base`, and the shift of their d. Beyond -200 the factor is 0.
-__device__ __forceinline__ float rescale(float m, float base, float inverse, float& shift) {
-    shift = m == -infinity() ? 0.0f : fmaxf((m - base) * inverse, -200.0f);
-    return __expf(shift);
+// The factor that moves sums from maximum m to `base`, and the shift of their d.
+__device__ __forceinline__ float rescale(float m, float base, float scale, float& shift) {
+    shift = m == -infinity() ? 0.0f : fmaxf((m - base) * scale, kLeast);
+    return exp2_of(shift);
 }
 
 template <int kCount>
-__device__ __forceinline__ void add(Sums& sums, const float* z, float inverse) {
+__device__ __forceinline__ void add(Sums& sums, const float* z, float scale) {
     float top = z[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) top = fmaxf(top, z[i]);
     if (top > sums.m) {
         float shift;
-        const float factor = rescale(sums.m, top, inverse, shift);
+        const float factor = rescale(sums.m, top, scale, shift);
         sums.W = factor * (sums.W + shift * sums.S);
         sums.S *= factor;
         sums.m = top;
@@ -59,16 +64,16 @@ __device__ __forceinline__ void add(Sums& sums, const float* z, float inverse) {
     const float base = sums.m == -infinity() ? 0.0f : sums.m;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-        const float d = (z[i] - base) * inverse, e = __expf(d);
-        sums.W += (e > 0.0f ? d : 0.0f) * e;
+        const float d = (z[i] - base) * scale, e = exp2_of(d);
+        sums.W += fmaxf(d, kLeast) * e;
         sums.S += e;
     }
 }
 
-__device__ __forceinline__ Sums merge(const Sums a, const Sums b, float inverse) {
+__device__ __forceinline__ Sums merge(const Sums a, const Sums b, float scale) {
     const float m = fmaxf(a.m, b.m), base = m == -infinity() ? 0.0f : m;
     float shift_a, shift_b;
-    const float factor_a = rescale(a.m, base, inverse, shift_a), factor_b = rescale(b.m, base, inverse, shift_b);
+    const float factor_a = rescale(a.m, base, scale, shift_a), factor_b = rescale(b.m, base, scale, shift_b);
     return {m, factor_a * a.S + factor_b * b.S, factor_a * (a.W + shift_a * a.S) + factor_b * (b.W + shift_b * b.S)};
 }
 
@@ -91,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_forward(
     const int64 n = blockIdx.x, label = ids[n];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Element* row = logits + n * row_stride;
-    const float T = temperatures == nullptr ? temperature : temperatures[n], inverse = 1.0f / T;
+    const float T = temperatures == nullptr ? temperature : temperatures[n], scale = kLog2E / T;
     const Kept kept = kept_of(kept_ids, kept_offsets, n);
     Sums sums;
     if (kKept) {
@@ -107,35 +112,38 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_forward(
             }
             if (v == label) label_is_kept = 1;
             const float z = widen(row[v]);
-            add<1>(sums, &z, inverse);
+            add<1>(sums, &z, scale);
         }
     } else if (label != ignore_index) {
-        const int64 head = elements_to_boundary(row, V);
-        if (threadIdx.x < head) {
-            const float z = widen(row[threadIdx.x]);
-            add<1>(sums, &z, inverse);
+        // What lies before the first whole vector and behind the last goes one by one to the first threads.
+        const int64 head = elements_to_boundary(row, V), vectors = (V - head) / kWidth, tail = head + vectors * kWidth;
+        const int64 edge = threadIdx.x < head ? threadIdx.x : tail + threadIdx.x - head;
+        if (edge < V && threadIdx.x < head + kWidth) {
+            const float z = widen(row[edge]);
+            add<1>(sums, &z, scale);
         }
+        const Element* vector = row + head + threadIdx.x * kWidth;
 #pragma unroll 4
-        for (int64 v = head + threadIdx.x * kWidth; v < V; v += kThreads * kWidth) {
+        for (int i = int(threadIdx.x); i < int(vectors); i += kThreads, vector += kThreads * kWidth) {
             float z[kWidth];
-            load_vector(row, v, V, z);
-            add<kWidth>(sums, z, inverse);
+            load_whole(vector, z);
+            add<kWidth>(sums, z, scale);
         }
     }
 #pragma unroll
     for (int distance = 16; distance; distance /= 2) {
         const Sums other = {__shfl_xor_sync(kAllLanes, sums.m, distance), __shfl_xor_sync(kAllLanes, sums.S, distance),
                             __shfl_xor_sync(kAllLanes, sums.W, distance)};
-        sums = merge(sums, other, inverse);
+        sums = merge(sums, other, scale);
     }
     if (lane == 0) of_warp[0][warp] = sums.m, of_warp[1][warp] = sums.S, of_warp[2][warp] = sums.W;
     __syncthreads();
     if (threadIdx.x != 0) return;
-    for (int w = 1; w < kWarps; ++w) sums = merge(sums, {of_warp[0][w], of_warp[1][w], of_warp[2][w]}, inverse);
+    for (int w = 1; w < kWarps; ++w) sums = merge(sums, {of_warp[0][w], of_warp[1][w], of_warp[2][w]}, scale);
     const bool in_range = label >= 0 && label < V, wrong = kKept && kept_is_wrong;
     if (wrong) sums.S = not_a_number();
     if (label != ignore_index && (!in_range || wrong)) *fault = 1;
-    const float some = sums.S == 0.0f ? 1.0f : sums.S, log_S = logf(some), mean = sums.W / some;
+    const float some = sums.S == 0.0f ? 1.0f : sums.S, log_S = logf(some), mean = sums.W * kLn2 / some;
     float result = 0.0f;
     if (label != ignore_index) {
         const float z = !in_range ? not_a_number() : !kKept || label_is_kept ? widen(row[label]) : -infinity();
@@ -175,14 +183,17 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_backward(
     const int64 n = blockIdx.x, label = ids[n];
     const Element* row = logits + n * row_stride;
     Element* out = grad + n * grad_stride;
-    const float T = temperatures == nullptr ? temperature : temperatures[n], inverse = 1.0f / T;
+    const float T = temperatures == nullptr ? temperature : temperatures[n];
     const float m = stats[3 * n], S = stats[3 * n + 1], mean = stats[3 * n + 2], h = entropy_grad == nullptr ? 0.0f : entropy_grad[n];
     // A label on -inf gets nothing from g. The logit itself may be gone: another block of an in-place call may have been here.
     float g = logp_grad == nullptr || logp[n] == -infinity() ? 0.0f : logp_grad[n];
     // A row that no gradient reaches is zero whatever it holds; it is not even read.
     const bool live = label != ignore_index && (g != 0.0f || h != 0.0f) && S != 0.0f;
     if (label < 0 || label >= V) g = not_a_number();
-    const float inverse_S = 1.0f / S;
+    // p (constant - slope d) with p = 2^d / S, plus g at the label, all of them over T
+    const float scale = kLog2E / T, of_S = 1.0f / S;
+    g /= T;
+    const float of_T = h / T, constant = of_T * mean - g, slope = of_T * kLn2;
     const Kept kept = kept_of(kept_ids, kept_offsets, n);
     const bool listed = live && kept.count;
 
@@ -200,8 +211,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_backward(
     }
     const auto gradient = [&](float z, int64 v) {
         if (!live || (listed && !map.at[v - begin + kWidth])) return 0.0f;
-        const float d = (z - m) * inverse, p = __expf(d) * inverse_S;
-        return ((v == label ? g : 0.0f) - g * p - h * p * ((p > 0.0f ? d : 0.0f) - mean)) * inverse;
+        const float d = (z - m) * scale, grad = exp2_of(d) * of_S * (constant - slope * fmaxf(d, kLeast));
+        return v == label ? grad + g : grad;
     };
     if (blockIdx.y == 0 && threadIdx.x < head) out[threadIdx.x] = narrow(gradient(live ? widen(row[threadIdx.x]) : 0.0f, threadIdx.x));
 #pragma unroll (kKept ? 1 : 2)  // twice spills on sm_100

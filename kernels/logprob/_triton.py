@@ -1,7 +1,10 @@
 """logprob in Triton: one program per row walks the vocabulary, or only the row's kept tokens, with
 an online maximum. The gradient is computed block by block.
 
-The mathematics, shapes and numerics are those of __init__.py.
+The mathematics, shapes and numerics are those of __init__.py. Exponentials are powers of 2, whose
+factor log2(e) is part of 1 / T. Every thread keeps its own maximum and sums, which the program
+merges once, at the end of the row: no barrier stands in the loop. A tile is [TIMES, LANES, WIDTH],
+so that a thread holds WIDTH neighbours, which it loads at once.
 """
 
 from __future__ import annotations
@@ -14,12 +17,44 @@ from torch import Tensor
 from fusedrl.kernels.runtime import faults
 
 _BLOCK, _WARPS = 4096, 8
+_LANES = 32 * _WARPS
 # of the backward where rows list what they kept: a thread counts a 32nd of the columns, so more of
 # them spill
 _KEPT_BLOCK, _KEPT_WARPS = 1024, 4
 
 
+_LOG2_E, _LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_LEAST = tl.constexpr(-290.0)  # 2 to this power is 0, and not -inf times 0 of a masked logit
+
+
 # ---- Triton --------------------------------------------------------------------------------------
+@triton.jit
+def _base(m):
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def _moved(m, base, scale):
+    """Return the power of 2 by which sums with maximum m are scaled for the maximum `base`."""
+    return tl.where(m == -float("inf"), 0.0, tl.maximum((m - base) * scale, _LEAST))
+
+
+@triton.jit
+def _add(m_L, S_L, W_L, z, scale, ENTROPY: tl.constexpr):
+    """Add a tile of logits to the lanes' maxima and sums (W in base 2). A lane's NaN or +inf makes
+    its S NaN."""
+    higher_L = tl.maximum(m_L, tl.max(tl.max(z, 2), 0))
+    base_L = _base(higher_L)
+    d = (z - base_L[None, :, None]) * scale
+    e = tl.exp2(d)
+    shift_L = _moved(m_L, base_L, scale)
+    factor_L = tl.exp2(shift_L)
+    if ENTROPY:
+        W_L = factor_L * (W_L + shift_L * S_L) + tl.sum(tl.sum(tl.maximum(d, _LEAST) * e, 2), 0)
+    S_L = factor_L * S_L + tl.sum(tl.sum(e, 2), 0)
+    return higher_L, S_L, W_L
+
+
 @triton.jit
 def _kept_columns(ids_ptr, count, first, BLOCK: tl.constexpr):
     # Which of the columns first .. first + BLOCK - 1 are among `count` ascending ids, at most BLOCK
@@ -59,53 +94,58 @@ def _forward_kernel(
     ENTROPY: tl.constexpr,
     PER_ROW: tl.constexpr,
     KEPT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TIMES: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    BLOCK: tl.constexpr = TIMES * LANES * WIDTH
     n = tl.program_id(0).to(tl.int64)
     label = tl.load(ids_ptr + n)
     row_ptr = logits_ptr + n * row_stride
     T = temperature
     if PER_ROW:
         T = tl.load(temperatures_ptr + n)
-    inverse = 1.0 / T
+    scale = (1.0 / T) * _LOG2_E
     count = V
     if KEPT:
         begin = tl.load(kept_offsets_ptr + n)
         kept_count = (tl.load(kept_offsets_ptr + n + 1) - begin).to(tl.int32)
         count = tl.where(kept_count > 0, kept_count, V)
-    m = -float("inf")
-    S = 0.0
-    W = 0.0
+    count = tl.where(label == ignore_index, 0, count)
+    m_L = tl.full([LANES], -float("inf"), tl.float32)
+    S_L = tl.zeros([LANES], tl.float32)
+    W_L = tl.zeros([LANES], tl.float32)
     # of the kept ids: 1, the label is among them; 2, one is out of range
     seen = tl.full((), 0, tl.int32)
-    for start in range(0, tl.where(label == ignore_index, 0, count), BLOCK):
-        v = start + tl.arange(0, BLOCK)
+    place = (
+        tl.arange(0, TIMES)[:, None, None] * (LANES * WIDTH)
+        + tl.arange(0, LANES)[None, :, None] * WIDTH
+        + tl.arange(0, WIDTH)[None, None, :]
+    )
+    whole = count // BLOCK * BLOCK
+    if KEPT:
+        whole = 0
+    for start in range(0, whole, BLOCK):
+        z = tl.load(row_ptr + start + place).to(tl.float32)
+        m_L, S_L, W_L = _add(m_L, S_L, W_L, z, scale, ENTROPY)
+    for start in range(whole, count, BLOCK):  # once, or of kept ids
+        v = start + place
         inside = v < count
         if KEPT:
             v = tl.load(kept_ids_ptr + begin + v, mask=v < kept_count, other=0) + tl.where(
                 kept_count > 0, 0, v
             )
-            seen = tl.maximum(
-                seen,
-                tl.max(
-                    tl.where(
-                        inside, tl.where((v < 0) | (v >= V), 2, tl.where(v == label, 1, 0)), 0
-                    ),
-                    0,
-                ),
-            )
+            found = tl.where((v < 0) | (v >= V), 2, tl.where(v == label, 1, 0))
+            found = tl.where(inside, found, 0)
+            seen = tl.maximum(seen, tl.max(tl.max(tl.max(found, 2), 0), 0))
             inside = inside & (v >= 0) & (v < V)
         z = tl.load(row_ptr + v, mask=inside, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(m, tl.max(z, 0))
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        d = (z - base) * inverse
-        e = tl.exp(d)
-        shift = tl.where(m == -float("inf"), 0.0, tl.maximum((m - base) * inverse, -200.0))
-        factor = tl.exp(shift)
-        if ENTROPY:
-            W = factor * (W + shift * S) + tl.sum(tl.where(e > 0.0, d, 0.0) * e, 0)
-        S = factor * S + tl.sum(e, 0)
-        m = higher
+        m_L, S_L, W_L = _add(m_L, S_L, W_L, z, scale, ENTROPY)
+    m = tl.max(m_L, 0)
+    shift_L = _moved(m_L, _base(m), scale)
+    factor_L = tl.exp2(shift_L)
+    S = tl.sum(factor_L * S_L, 0)
+    W = tl.sum(factor_L * (W_L + shift_L * S_L), 0) * _LN_2
     in_range = (label >= 0) & (label < V)
     readable = in_range
     fault = ~in_range
@@ -127,6 +167,18 @@ def _forward_kernel(
     tl.store(stats_ptr + n * 3 + 1, S)
     tl.store(stats_ptr + n * 3 + 2, mean)
     tl.store(fault_ptr, 1, mask=fault & (label != ignore_index))
+
+
+@triton.jit
+def _row_gradient(z, v, m, scale, of_S, constant, slope, g, label, ENTROPY: tl.constexpr):
+    """Return p (constant - slope d) with p = 2^d of_S, plus g at the label."""
+    d = (z - m) * scale
+    p = tl.exp2(d) * of_S
+    if ENTROPY:
+        grad = p * (constant - slope * tl.maximum(d, _LEAST))
+    else:
+        grad = p * constant
+    return tl.where(v == label, grad + g, grad)
 
 
 @triton.jit
@@ -170,23 +222,42 @@ def _backward_kernel(
         h = tl.load(entropy_grad_ptr + n)
     # A row that no gradient reaches is zero whatever it holds; it is not even read.
     live = (label != ignore_index) & ((g != 0.0) | (h != 0.0)) & (S != 0.0)
-    inside = v < tl.where(live, V, 0)
+    g = tl.where(in_range, g, float("nan")) / T
+    h = h / T
+    of_S = 1.0 / tl.where(live, S, 1.0)
+    scale = (1.0 / T) * _LOG2_E
+    constant = h * mean - g
+    slope = h * _LN_2
+    here = tl.where((label >= first) & (label < first + BLOCK), label, -1).to(tl.int32)
+    out_ptr = grad_ptr + n * grad_stride + v
+    row_ptr = logits_ptr + n * row_stride + v
+    whole = live & (first + BLOCK <= V)
     if KEPT:
-        begin = tl.load(kept_offsets_ptr + n)
-        kept_count = (tl.load(kept_offsets_ptr + n + 1) - begin).to(tl.int32)
-        if live & (kept_count > 0):
-            inside = inside & _kept_columns(kept_ids_ptr + begin, kept_count, first, BLOCK)
-    z = tl.load(logits_ptr + n * row_stride + v, mask=inside, other=-float("inf")).to(tl.float32)
-    d = (z - m) * (1.0 / T)
-    p = tl.exp(d) / tl.where(live, S, 1.0)
-    g = tl.where(in_range, g, float("nan"))
-    grad = tl.where(v == label, g, 0.0) - g * p
-    if ENTROPY:
-        grad -= h * p * (tl.where(p > 0.0, d, 0.0) - mean)
-    tl.store(grad_ptr + n * grad_stride + v, tl.where(inside, grad / T, 0.0), mask=v < V)
+        whole = live & False
+    if whole:
+        z = tl.load(row_ptr).to(tl.float32)
+        grad = _row_gradient(z, v, m, scale, of_S, constant, slope, g, here, ENTROPY)
+        tl.store(out_ptr, grad)
+    else:
+        inside = v < tl.where(live, V, 0)
+        if KEPT:
+            begin = tl.load(kept_offsets_ptr + n)
+            kept_count = (tl.load(kept_offsets_ptr + n + 1) - begin).to(tl.int32)
+            if live & (kept_count > 0):
+                inside = inside & _kept_columns(kept_ids_ptr + begin, kept_count, first, BLOCK)
+        z = tl.load(row_ptr, mask=inside, other=-float("inf")).to(tl.float32)
+        grad = _row_gradient(z, v, m, scale, of_S, constant, slope, g, here, ENTROPY)
+        tl.store(out_ptr, tl.where(inside, grad, 0.0), mask=v < V)
 
 
 # ---- launchers: allocate, grid -------------------------------------------------------------------
+def _tile(itemsize: int, scattered: bool | int) -> dict[str, int]:
+    """Return the tile of the forward: a thread's logits in vectors of 16 bytes, or, where rows may
+    start anywhere or are gathered, one at a time."""
+    width = 1 if scattered else 16 // itemsize
+    return {"TIMES": _BLOCK // (_LANES * width), "LANES": _LANES, "WIDTH": width}
+
+
 def _forward_triton(
     logits_NV: Tensor,
     ids_N: Tensor,
@@ -223,7 +294,7 @@ def _forward_triton(
             ENTROPY=entropy,
             PER_ROW=temperature_N is not None,
             KEPT=kept_ids_K is not None,
-            BLOCK=_BLOCK,
+            **_tile(logits_NV.dtype.itemsize, kept_ids_K is not None or logits_NV.stride(0) % 16),
             num_warps=_WARPS,
         )
     return logp_N, entropy_N, stats_N3
@@ -448,26 +519,32 @@ _BACKWARD = {
     "grad_ptr": "*logits",
     "grad_stride": "i64",
 }
+_ITEMS = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def _offline(kernel, dtype: str, entropy: bool, kept: bool, aligned: bool) -> dict:
+    """Return one specialisation. `aligned`: V and the strides are multiples of 16."""
+    forward = kernel is _forward_kernel
+    block, warps = (_KEPT_BLOCK, _KEPT_WARPS) if kept and not forward else (_BLOCK, _WARPS)
+    arguments = {**(_FORWARD if forward else _BACKWARD), **_KEPT, **_SCALARS}
+    tile = _tile(_ITEMS[dtype], not aligned) if forward else {"BLOCK": block}
+    return {
+        "kernel": kernel,
+        "signature": {name: kind.replace("logits", dtype) for name, kind in arguments.items()},
+        "constexprs": {"ENTROPY": entropy, "PER_ROW": entropy, "KEPT": kept, **tile},
+        "num_warps": warps,
+        "divisible": ("V", "row_stride", "grad_stride") if aligned else (),
+    }
+
+
 OFFLINE_KERNELS = {
     "_".join(
         (kernel.__name__.strip("_"), dtype, *(["entropy"] if entropy else ()))
         + (("kept",) if kept else ())
-    ): {
-        "kernel": kernel,
-        "signature": {
-            name: kind.replace("logits", dtype)
-            for name, kind in {**arguments, **_KEPT, **_SCALARS}.items()
-        },
-        "constexprs": {"ENTROPY": entropy, "PER_ROW": entropy, "KEPT": kept, "BLOCK": block},
-        "num_warps": warps,
-    }
-    for kernel, arguments, kept, block, warps in (
-        (_forward_kernel, _FORWARD, False, _BLOCK, _WARPS),
-        (_forward_kernel, _FORWARD, True, _BLOCK, _WARPS),
-        (_backward_kernel, _BACKWARD, False, _BLOCK, _WARPS),
-        (_backward_kernel, _BACKWARD, True, _KEPT_BLOCK, _KEPT_WARPS),
-    )
-    for dtype in ("fp32", "bf16", "fp16")
-    for entropy in (False, True)
-    if entropy or not kept
+        + (("aligned",) if aligned else ())
+    ): _offline(kernel, dtype, entropy, kept, aligned)
+    for kernel in (_forward_kernel, _backward_kernel)
+    for dtype in _ITEMS
+    for entropy, kept in ((False, False), (True, False), (True, True))
+    for aligned in ((False,) if kept else (False, True))
 }
