@@ -679,6 +679,8 @@ class Generator:
         slots, device, found = self.scheduler.slots, self.cache.k.device, []
         unread = slots.ahead[drew] > 0
         for source in self._sources if unread.any() else ():
+            if source.slots is None:
+                continue
             at = np.full(slots.count, -1, dtype=np.int64)  # row of each slot in the source
             at[source.slots] = np.arange(len(source.slots))
             rows = np.flatnonzero(unread & (at[drew] >= 0))

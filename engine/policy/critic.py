@@ -48,6 +48,11 @@ from fusedrl.engine.model.weights import (
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE
+from fusedrl.engine.policy.control import Control
+from fusedrl.engine.policy.metrics import value_metrics
+from fusedrl.engine.policy.minibatches import Cuts, cuts_of, updates_of, weighted_by
+from fusedrl.engine.policy.objectives import ValueScale
+from fusedrl.kernels.policy_loss import ValueStats, value_loss
 
 
 class SeparateCritic(nn.Module):
@@ -213,3 +218,44 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
     critic.ranks = actor.ranks
     learner = Learner(critic, config.critic.optim, "critic", actor.ranks, actor.activity)
     return TrainedCritic(critic, learner, config.steps)
+
+
+def update_critic(
+    critic: TrainedCritic,
+    batch: PackedBatch,
+    first_cuts: Cuts,
+    config: PolicyConfig,
+    control: Control,
+    step: int,
+) -> dict[str, float]:
+    """Train the critic, apart from the policy, on the minibatches that `update` uses. The gradients
+    of critic and policy are never in memory at the same time."""
+    model, learner, rollouts = critic
+    total_updates, done = updates_of(config, step, rollouts)
+    stats: list[ValueStats] = []
+    norms: list[float] = []
+    scale, lanes = ValueScale.of(config, batch, control.unit or 1.0), learner.ranks.lanes
+    for epoch in range(config.epochs):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch, lanes):
+            weighted = weighted_by(batch, minibatch, config)
+            with learner.update(done, total_updates) as one:
+                work = one.share(minibatch, costs_of(batch.lengths, minibatch))
+                for group in work:
+                    micro = weighted.select(group)
+                    old, returns, weights = (
+                        micro.column(name) for name in ("values", "returns", "weights")
+                    )
+                    loss, value_stats = value_loss(
+                        model(micro), old, returns, weights, clip=scale.clip
+                    )
+                    work.backward(config.loss.value_coef / scale.error**2 * loss)
+                    work.tell(*value_stats)
+                stats += [ValueStats(*numbers) for numbers in work.rows()]
+            norms.append(one.grad_norm)
+            done += 1
+    learner.release()
+    return (
+        value_metrics(stats, len(norms))
+        | {"critic/grad_norm": sum(norms) / len(norms)}
+        | learner.metrics("critic/learning_rate", "critic/")
+    )

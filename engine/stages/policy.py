@@ -33,7 +33,6 @@ from torch import Tensor
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES
@@ -46,14 +45,13 @@ from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
-from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
-from fusedrl.engine.policy.metrics import Meter, measure, value_metrics
+from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of, update_critic
+from fusedrl.engine.policy.metrics import Meter, measure
 from fusedrl.engine.policy.micro_loss import RolloutLoss, statistics
+from fusedrl.engine.policy.minibatches import Cuts, cuts_of, updates_of, weighted_by
 from fusedrl.engine.policy.objectives import (
-    ValueScale,
     leaves_out,
     make_objective,
-    minibatch_weights,
     two_steps,
     without_gradient,
 )
@@ -68,9 +66,6 @@ from fusedrl.engine.rollout.rollout import Prompt, reward_loader, rollout
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for, demand_of
-from fusedrl.kernels.policy_loss import ValueStats, value_loss
-
-Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
 
 
 @dataclass(frozen=True)
@@ -415,19 +410,6 @@ def _draw(
     return prompts.draw(config.run.seed, first, first + count), first
 
 
-def cuts_of(
-    batch: PackedBatch, config: PolicyConfig, step: int, epoch: int, lanes: int = 1
-) -> Cuts:
-    """Shuffle sequences into minibatches, and split each into micro-batches by tokens, for `lanes`
-    equal shares. Sequences without a gradient get separate micro-batches. The result depends only
-    on the arguments."""
-    B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
-    order = shuffled(B, config.run.seed, "minibatches", step, epoch)
-    apart = without_gradient(config, batch)
-    parts = [order[m * B // M : (m + 1) * B // M] for m in range(M)]
-    return [batch.split(config.tokens_per_microbatch, part, apart, lanes) for part in parts]
-
-
 @torch.no_grad()
 def score(
     actor: HybridActor | None,
@@ -472,7 +454,7 @@ def update(
     the gradient of `ptx`. Micro-batches without a gradient are left out, but a minibatch that has
     only such micro-batches keeps one of them. Return the metrics."""
     loss_of = RolloutLoss.of(config, actor, reference, batch, control)
-    total_updates, done = _updates(
+    total_updates, done = updates_of(
         config, step - config.critic_warmup, config.steps - config.critic_warmup
     )
     meter = meter or Meter()
@@ -487,7 +469,7 @@ def update(
     idle, trained, given = without_gradient(config, batch), 0, 0
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch, lanes):
-            weighted = _weighted(batch, minibatch, config)
+            weighted = weighted_by(batch, minibatch, config)
             last = epoch == config.epochs - 1
             moving = [group for group in minibatch if not idle.issuperset(group)] or minibatch[:1]
             trained += sum(map(len, moving))
@@ -551,59 +533,3 @@ def _measured(
     ).select(members)
     found = measure(first, control.kl.coef, config, scored_N[batch.slots(members)])
     return found | {"step_tokens": float(batch.num_tokens)}
-
-
-def update_critic(
-    critic: TrainedCritic,
-    batch: PackedBatch,
-    first_cuts: Cuts,
-    config: PolicyConfig,
-    control: Control,
-    step: int,
-) -> dict[str, float]:
-    """Train the critic, apart from the policy, on the minibatches that `update` uses. The gradients
-    of critic and policy are never in memory at the same time."""
-    model, learner, rollouts = critic
-    total_updates, done = _updates(config, step, rollouts)
-    stats: list[ValueStats] = []
-    norms: list[float] = []
-    scale, lanes = ValueScale.of(config, batch, control.unit or 1.0), learner.ranks.lanes
-    for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch, lanes):
-            weighted = _weighted(batch, minibatch, config)
-            with learner.update(done, total_updates) as one:
-                work = one.share(minibatch, costs_of(batch.lengths, minibatch))
-                for group in work:
-                    micro = weighted.select(group)
-                    old, returns, weights = (
-                        micro.column(name) for name in ("values", "returns", "weights")
-                    )
-                    loss, value_stats = value_loss(
-                        model(micro), old, returns, weights, clip=scale.clip
-                    )
-                    work.backward(config.loss.value_coef / scale.error**2 * loss)
-                    work.tell(*value_stats)
-                stats += [ValueStats(*numbers) for numbers in work.rows()]
-            norms.append(one.grad_norm)
-            done += 1
-    learner.release()
-    return (
-        value_metrics(stats, len(norms))
-        | {"critic/grad_norm": sum(norms) / len(norms)}
-        | learner.metrics("critic/learning_rate", "critic/")
-    )
-
-
-def _updates(config: PolicyConfig, done: int, rollouts: int) -> tuple[int, int]:
-    """Return the number of optimizer steps on `rollouts` rollouts, and on the first `done`."""
-    each = config.epochs * config.minibatches
-    return rollouts * each, done * each
-
-
-def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConfig) -> PackedBatch:
-    """Return the batch with the token weights of one optimizer step. Weights are over the whole
-    minibatch, so the split into micro-batches does not change the gradient."""
-    members = [b for group in minibatch for b in group]
-    weights = torch.zeros(batch.num_tokens, device=batch.device)
-    weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
-    return batch.with_columns(weights=weights)
