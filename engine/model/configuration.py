@@ -176,9 +176,10 @@ class _Keys:
         value = default if (found := self.get(key)) is None else found
         most = _MOST.get(key, 2**31 - 1)
         if type(value) is not int or not 1 <= value <= most:
+            huge = f", and at most {most:,}" if type(value) is int and value > most else ""
             raise ValueError(
-                f"{self.where}: expected a whole number from 1 to {most} for "
-                f"{self.theirs(key)!r}, got {value!r:.80}"
+                f"{self.where}: expected a positive whole number for {self.theirs(key)!r}{huge}, "
+                f"got {value!r:.80}"
             )
         return value
 
@@ -399,9 +400,8 @@ def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, 
         or not all(isinstance(kind, int) for kind in turned)
     ):
         raise ValueError(
-            f"{where}: expected no_rope_layers, a list of 0 and 1 for {num_layers} layers, or "
-            f"no_rope_layer_interval, a whole number above 0, got {turned!r:.80} and "
-            f"{interval!r:.80}"
+            f"{where}: expected no_rope_layers for {num_layers} layers (a list of 0 and 1), or a "
+            f"no_rope_layer_interval above 0, got {turned!r:.80} and {interval!r:.80}"
         )
     return tuple(0 if kind else -1 for kind in turned[:num_layers])
 
@@ -453,9 +453,7 @@ def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[in
     if window is None:
         return (0,) * len(kinds)
     if type(window) is not int or not 1 <= window < 2**31:
-        raise ValueError(
-            f"{where}: expected a whole number above 0 for 'sliding_window', got {window!r:.80}"
-        )
+        raise ValueError(f"{where}: expected a positive sliding_window, got {window!r:.80}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
