@@ -1,5 +1,8 @@
 """Configuration of a model, read from its config.json: shapes, positions and rotations, for every
-family."""
+family.
+
+One file: what is read of one JSON object, and what may stand in it.
+"""
 
 from __future__ import annotations
 
@@ -176,9 +179,10 @@ class _Keys:
         value = default if (found := self.get(key)) is None else found
         most = _MOST.get(key, 2**31 - 1)
         if type(value) is not int or not 1 <= value <= most:
+            huge = f", and at most {most:,}" if type(value) is int and value > most else ""
             raise ValueError(
-                f"{self.where}: expected a whole number from 1 to {most} for "
-                f"{self.theirs(key)!r}, got {value!r:.80}"
+                f"{self.where}: expected a positive whole number for {self.theirs(key)!r}{huge}, "
+                f"got {value!r:.80}"
             )
         return value
 
@@ -399,9 +403,8 @@ def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, 
         or not all(isinstance(kind, int) for kind in turned)
     ):
         raise ValueError(
-            f"{where}: expected no_rope_layers, a list of 0 and 1 for {num_layers} layers, or "
-            f"no_rope_layer_interval, a whole number above 0, got {turned!r:.80} and "
-            f"{interval!r:.80}"
+            f"{where}: expected no_rope_layers for {num_layers} layers (a list of 0 and 1), or a "
+            f"no_rope_layer_interval above 0, got {turned!r:.80} and {interval!r:.80}"
         )
     return tuple(0 if kind else -1 for kind in turned[:num_layers])
 
@@ -453,9 +456,7 @@ def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[in
     if window is None:
         return (0,) * len(kinds)
     if type(window) is not int or not 1 <= window < 2**31:
-        raise ValueError(
-            f"{where}: expected a whole number above 0 for 'sliding_window', got {window!r:.80}"
-        )
+        raise ValueError(f"{where}: expected a positive sliding_window, got {window!r:.80}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -549,38 +550,14 @@ def _inv_freq(
     theta = rope.get("rope_theta") or theta or 10000.0
     if missing := [key for key in ROPE_KINDS[kind] if key not in rope]:
         raise ValueError(f"{where}: RoPE kind {kind!r} needs {', '.join(missing)}; got {rope}")
-    wrong = {
-        key: value
-        for key, value in rope.items()
-        if key in _ROPE_NUMBERS
-        and value is not None
-        and (type(value) not in (int, float) or (key in ROPE_KINDS[kind] and value == 0))
-    }
-    if wrong:
-        raise ValueError(
-            f"{where}: expected numbers above 0 in the entries about rotations, got {wrong!r:.200}"
-        )
+    _check_rope_numbers(rope, kind, where)
     inv_freq = 1.0 / (theta ** (torch.arange(0, turned, 2, dtype=torch.int64).float() / turned))
     original = original or rope.get("original_max_position_embeddings") or max_positions
     scale = 1.0
     if kind == "linear":
         inv_freq = inv_freq / rope["factor"]
     elif kind == "llama3":
-        low, high, wavelength = (
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            2 * math.pi / inv_freq,
-        )
-        if low == high:
-            raise ValueError(
-                f"{where}: expected a high_freq_factor above low_freq_factor, got {high} and {low}"
-            )
-        blend = (original / wavelength - low) / (high - low)
-        blended = (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq
-        scaled = torch.where(wavelength > original / low, inv_freq / rope["factor"], inv_freq)
-        inv_freq = torch.where(
-            (wavelength <= original / low) & (wavelength >= original / high), blended, scaled
-        )
+        inv_freq = _blended(inv_freq, rope, original, where)
     elif kind == "yarn":
         factor = rope.get("factor") or max_positions / original
         # the pair that makes so many turns
@@ -602,6 +579,42 @@ def _inv_freq(
             f"and {rope}"
         )
     return tuple(inv_freq.tolist()), scale
+
+
+def _check_rope_numbers(rope: dict[str, Any], kind: str, where: str) -> None:
+    """Raise ValueError unless the entries that a kind of RoPE computes with are numbers above 0."""
+    wrong = {
+        key: value
+        for key, value in rope.items()
+        if key in _ROPE_NUMBERS
+        and value is not None
+        and (type(value) not in (int, float) or (key in ROPE_KINDS[kind] and value == 0))
+    }
+    if wrong:
+        raise ValueError(
+            f"{where}: expected numbers above 0 in the entries about rotations, got {wrong!r:.200}"
+        )
+
+
+def _blended(
+    inv_freq: torch.Tensor, rope: dict[str, Any], original: int, where: str
+) -> torch.Tensor:
+    """Return the frequencies of the kind llama3."""
+    low, high, wavelength = (
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        2 * math.pi / inv_freq,
+    )
+    if low == high:
+        raise ValueError(
+            f"{where}: expected a high_freq_factor above low_freq_factor, got {high} and {low}"
+        )
+    blend = (original / wavelength - low) / (high - low)
+    blended = (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq
+    scaled = torch.where(wavelength > original / low, inv_freq / rope["factor"], inv_freq)
+    return torch.where(
+        (wavelength <= original / low) & (wavelength >= original / high), blended, scaled
+    )
 
 
 def _yarn_scale(rope: dict[str, Any], factor: float) -> float:

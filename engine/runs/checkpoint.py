@@ -560,8 +560,8 @@ class RunDirectory:
         if differences and not config.run.accept_changes:
             heading = (
                 f"{self.dir}: resumed with another configuration or other files; undo these "
-                "changes, start in another --run.dir, or go on with them by "
-                "--run.accept_changes true"
+                "changes, or start in another --run.dir; --run.accept_changes true goes on with "
+                "them"
             )
             raise ConfigError("\n  ".join([heading, *differences]))
         if changed := [*differences, *told]:
