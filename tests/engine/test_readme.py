@@ -54,6 +54,7 @@ SMALL = {
     "chat": ["--max_new_tokens", "6"],
     "eval": ["--max_new_tokens", "6"],
     "reward-check": ["--max_new_tokens", "6"],
+    "samples": [],
 }
 
 
@@ -89,6 +90,7 @@ def folder(tmp_path, tiny_model, monkeypatch):
     for name, row in files.items():
         lines = [json.dumps(row).replace("WORD", f"w{i}") for i in range(8)]
         (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "questions.csv").write_text("question,answer\nw1 w2,5\nw3,6\n", encoding="utf-8")
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     (tmp_path / "my_judge.py").write_text(
         "def better(a, b):\n    return ['a' if len(x) >= len(y) else 'b' for x, y in zip(a, b)]\n"
@@ -137,6 +139,7 @@ def test_the_commands_run_as_they_stand(folder, capsys, monkeypatch):
         "reward-check",
         "report",
         "data",
+        "samples",
     } <= shown
     assert (folder / "runs/ppo/model/model.safetensors").is_file()
 
@@ -163,6 +166,14 @@ def test_the_python_of_the_guide_runs_as_it_stands(folder):
     scored, batch = made["scored"], made["batch"]
     assert batch.action_mask.sum() >= 4
     assert (scored.logp - batch.rollout_logp)[batch.action_mask].abs().max() < 1e-5
+
+
+def test_the_kernel_in_a_loop_of_the_guide_learns(folder):
+    (block,) = [one for one in python(GUIDE) if "linear_logprob" in one]
+    (folder / "block.py").write_text(block, encoding="utf-8")
+    made = runpy.run_path(str(folder / "block.py"))
+    assert made["loss"] < 5.0  # ln 1000 = 6.9 at the beginning
+    assert made["logp"].shape == (8, 16)
 
 
 SIZES = {

@@ -55,7 +55,7 @@ def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
                         re.escape(name)
                         .replace("<name>", "[^/]+")
                         .replace("<k>", r"\d+")
-                        .replace("<phase>", "(?!step|reward_wait)[a-z_]+")
+                        .replace("<phase>", "(?!step|peak|reward_wait)[a-z_]+")
                     )
                     found[name] = re.compile(
                         text + ("(_stderr)?" if name.startswith("eval_") else "")
