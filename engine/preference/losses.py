@@ -43,7 +43,7 @@ from fusedrl.engine.base.packing import PackedBatch
 
 class PreferenceLoss(NamedTuple):
     """Loss from the table above: its functions term(u, beta) and q(p, smoothing), and whether it
-    is of `PairScores.mean_h` instead of `PairScores.h`."""
+    is of `mean_h` instead of `h`."""
 
     term: Callable[[Tensor, float], Tensor]
     label: Callable[[Tensor, float], Tensor]

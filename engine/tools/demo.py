@@ -112,9 +112,8 @@ def run_demo(
 
 
 def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> DemoResult:
-    console = tables.console(texts=True)
+    console, seconds = tables.console(texts=True), dict[str, float]()
     console.quiet = not progress
-    seconds: dict[str, float] = {}
     at = partial(RunConfig, seed=seed, progress=progress)
 
     def chapter(number: int, title: str) -> float:

@@ -13,6 +13,8 @@ Numerics  scores, softmax and sums in float32; the weights are rounded to the in
           depend on the other sequences.
 Source    Dao (2023), FlashAttention-2, algorithms 1 and 2.
 
+One file: forward and both backward kernels walk the same tiles.
+
 Serves    bfloat16 and float16 on NVIDIA GPUs. Float32 does not use tensor cores and is left to
           torch's products. On gfx942 the backward pass spills (297 registers with tiles of 64, 41
           with 32), so ROCm is left to torch, too. The interpreter runs float32 as well. These

@@ -224,7 +224,7 @@ if triton is not None:
 def spans(length, window, keys, causal, R, C):
     """(low, whole, end, high) of every tile of queries (`keys`) or of keys."""
     tiles = -(-length // (R if keys else C))
-    out = torch.zeros(1 << (tiles - 1).bit_length(), 4, dtype=torch.int32)
+    out = torch.zeros(1 << (tiles - 1).bit_length(), 4, dtype=torch.int32, device="cpu")
     _spans_kernel[(1,)](out, length, window, KEYS=keys, CAUSAL=causal, R=R, C=C, TILES=len(out))
     return out[:tiles].tolist()
 

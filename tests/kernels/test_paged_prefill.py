@@ -35,19 +35,21 @@ def problem(device, runs, heads=(4, 2), D=8, S=4, dtype=torch.float32, fill=floa
         lens[row] = max(lens.get(row, 0), before + queries)
     B, M = max(lens) + 1, max(-(-n // S) for n in lens.values()) + 1
     blocks = sum(-(-n // S) for n in lens.values()) + 1
-    table = torch.full((B, M), 2**31 - 1, dtype=torch.int32)
-    free = torch.randperm(blocks, generator=draw).tolist()
-    k = torch.full((blocks, heads[1], D, S), fill)
-    v = torch.full((blocks, heads[1], S, D), fill)
+    table = torch.full((B, M), 2**31 - 1, dtype=torch.int32, device="cpu")
+    free = torch.randperm(blocks, generator=draw, device="cpu").tolist()
+    k = torch.full((blocks, heads[1], D, S), fill, device="cpu")
+    v = torch.full((blocks, heads[1], S, D), fill, device="cpu")
     for row, n in lens.items():
         for t in range(n):
             if t % S == 0:
                 table[row, t // S] = free.pop()
             block = int(table[row, t // S])
-            k[block, :, :, t % S], v[block, :, t % S] = torch.randn(2, heads[1], D, generator=draw)
-    rows = torch.tensor([row for row, _, queries in runs for _ in range(queries)])
-    seen = torch.tensor([before + i + 1 for _, before, n in runs for i in range(n)])
-    q = torch.randn(len(rows), heads[0], D, generator=draw)
+            k[block, :, :, t % S], v[block, :, t % S] = torch.randn(
+                2, heads[1], D, generator=draw, device="cpu"
+            )
+    rows = torch.tensor([row for row, _, queries in runs for _ in range(queries)], device="cpu")
+    seen = torch.tensor([before + i + 1 for _, before, n in runs for i in range(n)], device="cpu")
+    q = torch.randn(len(rows), heads[0], D, generator=draw, device="cpu")
     return tuple(
         x.to(device) for x in (q.to(dtype), k.to(dtype), v.to(dtype), table, rows.long(), seen)
     )

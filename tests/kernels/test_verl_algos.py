@@ -9,6 +9,7 @@ import torch
 
 from fusedrl.kernels import verl_algos as algos
 
+pytestmark = pytest.mark.cpu_only("loops in float64 beside functions of torch alone")
 B, T = 5, 7
 LENGTHS = (7, 3, 1, 5, 7)
 INDEX = np.array(["a", "b", "a", "c", "a"], dtype=object)

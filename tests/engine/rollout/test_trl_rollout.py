@@ -381,7 +381,9 @@ def test_grpo_trainer_samples_from_the_adapter_that_it_trains(given, tiny_model,
         with torch.no_grad():
             for row in zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True):
                 expected = their_logps(trainer.model, *row[:2])
-                gaps.append(float((expected.cpu() - torch.tensor(row[2])).abs().max()))
+                gaps.append(
+                    float((expected.cpu() - torch.tensor(row[2], device="cpu")).abs().max())
+                )
         return out
 
     trainer = GRPOTrainer(
