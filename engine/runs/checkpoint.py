@@ -23,7 +23,6 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,14 +161,15 @@ def save_checkpoint(
         os.rename(temporary, target)
         sync_directory(root)
     except OSError as error:
-        with suppress(OSError):
-            shutil.rmtree(temporary)
+        if ranks.first:  # others may write there still, and would tell of what is gone
+            shutil.rmtree(temporary, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed = sum(t.nbytes for named in tensors.values() for t in named.values())
             raise _full(error, target, needed) from error
         raise
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     _verify(target)
     # later ones are broken, or this step could not be new

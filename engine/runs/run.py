@@ -106,6 +106,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._stack = stack
             self._open()
             self._write_status("running")
+            stack.push(self._never_began)
             self.start = self._checkpoint.step if self._checkpoint else 0
             if not self.ranks.first:
                 self.ranks.meet("the files of the run")  # wait until the first rank has cut them
@@ -130,6 +131,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
                         signal.signal(number, self._on_signal)
             self._stack = stack.pop_all()
         return self
+
+    def _never_began(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Say how a run stands that ended before its first step; else `__exit__` does."""
+        if error is not None and not self._leaving:
+            self._write_status(*_ended(error))
 
     def _open(self) -> None:
         """Open the directory on the first rank, and find the checkpoint to continue from."""

@@ -2,6 +2,10 @@
 
 import sys
 
-from fusedrl.engine.cli.main import main
+try:
+    from fusedrl.engine.cli.main import main
+except KeyboardInterrupt:  # while it is being imported
+    print("fusedrl: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 sys.exit(main())

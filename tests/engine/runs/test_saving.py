@@ -117,7 +117,7 @@ def policy_options(kind, texts, prompts):
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl):
+def make(tiny_model, tiny_teacher, tmp_path, write_jsonl):
     """The configuration of a stage or an algorithm; the run directory is `name`."""
     (tmp_path / "rewards.py").write_text(REWARD)
     model, reward = str(tiny_model), (f"{tmp_path / 'rewards.py'}:likes_w3",)
@@ -170,7 +170,8 @@ def make(tiny_model, tmp_path, write_jsonl):
                 minibatches=2 if ALGORITHMS[extra["algorithm"]].objective != "trpo" else 1,
             )
             | common
-            | extra,
+            | extra
+            | ({"reference_model": str(tiny_teacher)} if kind == "distill" else {}),
         )
 
     return config
