@@ -108,12 +108,12 @@ class Gradients:
             self.weight = torch.zeros_like(weight)
         if for_bias and self.bias is None:
             self.bias = weight.new_zeros(weight.shape[0])
-        found = (self.hidden, self.weight, self.bias)
-        hidden, weight_grad, bias = (
-            weight.new_zeros(0) if t is None else t if t is self.hidden else t.to(weight.dtype)
-            for t in found
+        empty = weight.new_zeros(0)
+        return (
+            self.hidden if self.hidden is not None else empty,
+            empty if self.weight is None else self.weight.to(weight.dtype),
+            empty if self.bias is None else self.bias.to(weight.dtype),
         )
-        return hidden, weight_grad, bias
 
 
 @torch.library.custom_op("fusedrl::linear_policy_loss_triton", mutates_args=())
