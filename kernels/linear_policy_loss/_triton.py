@@ -233,7 +233,7 @@ def _walk(
         logits_gradient(g, h, logits_RV, head, here, scored, active, place, finished=True)
         pending.append(here.row[active])
         held += active.numel()
-        if held and (held + min(R, M - end) > C or end == M):
+        if held and (held + R > C or end == M):
             grads.add(hidden, dz_CV[:held, :V], torch.cat(pending), last=end == M)
             pending, held = [], 0
 
