@@ -36,9 +36,7 @@ def _narrow(a: Tensor, b: Tensor) -> torch.dtype | None:
     return dtype if a.is_cuda and dtype.itemsize == 2 else None
 
 
-ROWS = (
-    1024  # of logits a chunk has on a GPU; with fewer, reading weight takes longer than a product
-)
+ROWS = 1024  # of logits a chunk has on a GPU; with fewer, reading weight takes longer than a product
 
 
 def workspace(
@@ -60,7 +58,9 @@ def workspace(
     if device is None or device.type == "cpu":
         return max(4 * _MEBI, min(256 * _MEBI, N * V * 4 // 8))
     columns = -(-V // 64) * 64
-    return max(4 * _MEBI, columns * (min(N, ROWS) * of_row + min(N, 2 * ROWS) * gradients))
+    return max(
+        4 * _MEBI, columns * (min(N, ROWS) * of_row + min(N, 2 * ROWS) * gradients)
+    )
 
 
 def largest_workspace(N: int, V: int, itemsize: int) -> int:

@@ -276,8 +276,8 @@ def linear_logprob(
             over only these tokens.
         workspace_bytes: bound of the chunk's float32 logits; the chunk holds at least one row.
             Default: the smaller of 256 MiB and an eighth of the full logits, but never less than 4
-            MiB, since thin chunks make slow products; on a GPU, 1,024 rows of logits. In C++ the
-            logits are stored for the backward if all of them fit the given bound (64 MiB if None).
+            MiB, since thin chunks make slow products; on a GPU, 1,024 rows of logits. In C++ the logits are stored for the backward
+            if all of them fit the given bound (64 MiB if None).
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         logp [N], or (logp [N], entropy [N]); float32. Differentiable once in hidden, weight and
@@ -318,7 +318,9 @@ def linear_logprob(
         check_ids(op, token_ids, weight.shape[0], ignore_index)
     if chosen == "triton" and kept is None:
         of_row = 4 + hidden.dtype.itemsize
-        room = workspace(workspace_bytes, hidden.shape[0], weight.shape[0], hidden.device, of_row)
+        room = workspace(
+            workspace_bytes, hidden.shape[0], weight.shape[0], hidden.device, of_row
+        )
         logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(*arguments, ignore_index, room)
         return (logp, entropies) if entropy else logp
     logp, entropies = _Chunked.apply(

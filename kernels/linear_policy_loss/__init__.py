@@ -94,11 +94,6 @@ def linear_policy_loss_reference(
 
 
 # ---- torch, a chunk at a time --------------------------------------------------------------------
-def _chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None) -> tuple[Tensor, ...]:
-    size = max(1, workspace(workspace_bytes, N, V, rows.device) // (4 * V))
-    return rows.split(size) if rows.numel() else ()
-
-
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -127,7 +122,11 @@ class _Chunked(torch.autograd.Function):
             else None
             for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        for index in _chunks(rows, N, V, workspace_bytes):
+        for index in (
+            rows.split(max(1, workspace(workspace_bytes, N, V, rows.device) // (4 * V)))
+            if rows.numel()
+            else ()
+        ):
             ids, scale = (
                 token_ids[index],
                 temperature[index] if isinstance(temperature, Tensor) else temperature,
@@ -341,6 +340,7 @@ def linear_policy_loss(
             "scratch": (scratch, "bytes"),
         },
     )
+    check_dtype(op, "scratch", scratch, (torch.uint8,))
     check_policy(op, part, N)
     chosen = _IMPLS.choose(hidden.device, impl)
     check_head(op, chosen, hidden, weight, bias, token_ids, temperature, softcap, workspace_bytes)
@@ -398,7 +398,6 @@ def _compiled(
             *arguments, -1 if workspace_bytes is None else workspace_bytes
         )
     wanted = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3])
-    check_dtype("linear_policy_loss", "scratch", scratch, (torch.uint8,))
     hidden = arguments[0]
     room = workspace(workspace_bytes, N, V, hidden.device, gradients=hidden.dtype.itemsize)
     if scratch is not None and scratch.numel() < room:

@@ -28,6 +28,7 @@ Host       if a gradient is needed, the host reads which rows have a weight, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,9 +89,7 @@ class Gradients:
             self.hidden[members_A] = product(dz_AV, weight).to(hidden.dtype)
         if for_weight and self.weight is not None:
             add_product(self.weight, dz_AV.t(), hidden[members_A])
-        elif (
-            for_weight and last
-        ):  # nothing is added to it: a slab at a time, no float32 sum of it all
+        elif for_weight and last:  # nothing is added to it: a slab at a time, no float32 sum of it all
             self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             hidden_AH, step = hidden[members_A], max(128, _SLAB // max(1, 4 * weight.shape[1]))
             for v in range(0, weight.shape[0], step):
@@ -103,7 +102,7 @@ class Gradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of hidden, weight and bias; those not requested are empty."""
-        weight, (_, for_weight, for_bias) = self._weight, self._wanted
+        weight, (for_hidden, for_weight, for_bias) = self._weight, self._wanted
         if for_weight and self.weight is None:
             self.weight = torch.zeros_like(weight)
         if for_bias and self.bias is None:
@@ -145,6 +144,7 @@ def _linear_policy_loss_triton(
     """Compute loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's
     gradients for a unit upstream gradient. Gradients that are not requested are empty. `scratch`:
     bytes to compute in, whose contents are lost; None allocates `workspace_bytes`."""
+    V = weight.shape[0]
     head = HeadOf(weight, bias, temperature, softcap)
     backward = for_hidden or for_weight or for_bias
     if backward:
