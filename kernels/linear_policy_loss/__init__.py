@@ -17,8 +17,7 @@ Shapes    N rows, H hidden size, V vocabulary size, M rows whose weight is not 0
 Flops     2 M H V + 4 A H V. Masked rows are left out of every product. Without a KL and an entropy
           term, rows that are clipped or have advantage 0 are left out of the last two products. The
           kinds and levels that need whole sequences score all rows first: 2 M H V more.
-Memory    the workspace of one chunk, the gradients, a few numbers per row. On a GPU the workspace
-          may be memory that is idle elsewhere (`scratch`).
+Memory    the workspace of one chunk, the gradients, a few numbers per row.
 Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the
           dtype of hidden and weight. A row that is left out would add exact zeros, so leaving it
           out only changes how the products group the other rows.
