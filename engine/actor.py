@@ -39,13 +39,8 @@ from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
 from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE
-from fusedrl.kernels.linear_head import largest_workspace
 from fusedrl.kernels.linear_logprob import linear_logprob
-from fusedrl.kernels.linear_policy_loss import (
-    LinearPolicyLoss,
-    computes_in_scratch,
-    linear_policy_loss,
-)
+from fusedrl.kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fusedrl.kernels.objective import PolicyObjective
 
 _LIKELIHOOD = PolicyObjective(kind="reinforce")  # used with all advantages 1
@@ -132,7 +127,7 @@ class HybridActor:
         self.activity = Activity()
         self._generator: Generator | None = None
         self._making = threading.Lock()  # held while a generator is created
-        self._lent: Arena | None = None  # while the cache's memory is lent
+        self._lent = False
 
     @classmethod
     def from_pretrained(
@@ -380,12 +375,15 @@ class HybridActor:
             RuntimeError: completions are in progress, `generate` is called inside the block, or an
                 autograd graph made inside outlives the block (it then keeps the memory).
         """
-        if (generator := self._generator) is None or self._lent is not None:
+        if (generator := self._generator) is None or self._lent:
             yield None
             return
-        arena = self._lent = Arena(
-            generator.vacate(),
-            keep=[*self.parameters(), *(p for other in others for p in other.parameters())],
+        arena, self._lent = (
+            Arena(
+                generator.vacate(),
+                keep=[*self.parameters(), *(p for other in others for p in other.parameters())],
+            ),
+            True,
         )
         try:
             with arena.holding():
@@ -405,7 +403,7 @@ class HybridActor:
     def _end_loan(self, generator: Generator, arena: Arena) -> int:
         """Give the cache back to the sampler. Return the number of its bytes that are still in use;
         if there are any, the sampler allocates a new cache next time."""
-        self._lent = None
+        self._lent = False
         if held := arena.used:
             self._generator = None
         else:
@@ -413,7 +411,7 @@ class HybridActor:
         return held
 
     def _generation(self) -> Generator:
-        if self._lent is not None:
+        if self._lent:
             raise RuntimeError(
                 "HybridActor.generate: the KV cache is lent to training; leave the lend_cache() "
                 "block first"
@@ -544,11 +542,6 @@ class HybridActor:
             for x in (old_logp, ref_logp, rollout_logp)
         )
         advantages_N, weights_N = (batch.to_previous(x).to(wide) for x in (advantages_N, weights_N))
-        scratch = None
-        if self._lent is not None and computes_in_scratch(head_VH.device):
-            scratch = self._lent.spare(
-                largest_workspace(len(labels_N), len(head_VH), head_VH.element_size())
-            )
         with own_precision(head_VH.device):
             found = linear_policy_loss(
                 hidden_NH,
@@ -562,7 +555,6 @@ class HybridActor:
                 cu_seqlens=batch.cu_seqlens,
                 temperature=T,
                 softcap=softcap,
-                scratch=scratch,
                 **terms,
             )
         logp_N, entropy_N = (

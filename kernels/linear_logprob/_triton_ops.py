@@ -242,7 +242,6 @@ def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: 
             "H": "i32",
             "hidden_stride": "i32",
             "weight_stride": "i32",
-            "logits_width": "i32",
         }
         | {name: kind for name, (kind, used) in optional.items() if used},
         "constexprs": {
@@ -258,7 +257,6 @@ def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: 
         | {name: None for name, (_, used) in optional.items() if not used},
         "num_warps": warps,
         "num_stages": stages,
-        "divisible": ("logits_width",),
     }
 
 
@@ -287,8 +285,6 @@ def _offline_gradient(dtype: str, finish: bool) -> dict:
             "V": "i32",
             "first": "i32",
             "width": "i32",
-            "logits_stride": "i32",
-            "grad_stride": "i32",
         },
         "constexprs": {
             "SOFTCAP": finish,
@@ -298,7 +294,6 @@ def _offline_gradient(dtype: str, finish: bool) -> dict:
         }
         | ({"source_ptr": None} if finish else {"bias_ptr": None, "temperatures_ptr": None}),
         "num_warps": _GRADIENT_WARPS,
-        "divisible": ("width", "logits_stride", "grad_stride"),
     }
 
 
@@ -321,7 +316,7 @@ OFFLINE_KERNELS = (
         )
         for tile in tiles
         for everything in (False, True)
-        for store in (False, True)
+        for store in ((False,) if tile is _WIDE else (False, True))
     }
     | {
         "combine": {

@@ -122,9 +122,7 @@ class _Chunked(torch.autograd.Function):
             for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
         for index in (
-            rows.split(max(1, workspace(workspace_bytes, N, V, rows.device) // (4 * V)))
-            if rows.numel()
-            else ()
+            rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
         ):
             ids, scale = (
                 token_ids[index],
@@ -266,7 +264,6 @@ def linear_policy_loss(
     softcap: float | None = None,
     bias: Tensor | None = None,
     workspace_bytes: int | None = None,
-    scratch: Tensor | None = None,
     impl: str | None = None,
 ) -> LinearPolicyLoss:
     """Compute `policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops,
@@ -287,10 +284,7 @@ def linear_policy_loss(
             unchanged.
         workspace_bytes: bound of the chunk's float32 logits; the chunk holds at least one row.
             Default: the smaller of 256 MiB and an eighth of the full logits, but never less than 4
-            MiB; on a GPU, 1,024 rows of logits and 2,048 of their gradients.
-        scratch: [bytes] uint8, on the same device: memory that is idle, which Triton then computes
-            in instead of allocating a workspace. Its contents are lost. The more it holds, the
-            fewer passes over the gradient of weight. The other implementations leave it alone.
+            MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         LinearPolicyLoss (loss, stats, logp, entropy). The loss is a scalar, differentiable once in
@@ -336,10 +330,8 @@ def linear_policy_loss(
             "temperature": (per_row, "N"),
             **{name: (column, "N") for name, column in columns.items()},
             "cu_seqlens": (cu_seqlens, "E"),
-            "scratch": (scratch, "bytes"),
         },
     )
-    check_dtype(op, "scratch", scratch, (torch.uint8,))
     check_policy(op, part, N)
     chosen = _IMPLS.choose(hidden.device, impl)
     check_head(op, chosen, hidden, weight, bias, token_ids, temperature, softcap, workspace_bytes)
@@ -362,13 +354,8 @@ def linear_policy_loss(
             *(None if per_row is None else per_row.detach(), *part.settings()),
             *(1.0 if per_row is not None else float(temperature), softcap or 0.0),
         )
-        loss, stats, logp, entropy = _compiled(chosen, arguments, workspace_bytes, scratch, N, V)
+        loss, stats, logp, entropy = _compiled(chosen, arguments, workspace_bytes, N, V)
     return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
-
-
-def computes_in_scratch(device: torch.device) -> bool:
-    """Whether `linear_policy_loss` has a use for `scratch` on this device."""
-    return _IMPLS.choose(device, None) == "triton"
 
 
 def _scored(
@@ -384,12 +371,7 @@ def _scored(
 
 
 def _compiled(
-    impl: str,
-    arguments: tuple[Any, ...],
-    workspace_bytes: int | None,
-    scratch: Tensor | None,
-    N: int,
-    V: int,
+    impl: str, arguments: tuple[Any, ...], workspace_bytes: int | None, N: int, V: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the C++ or the Triton op. The C++ op finds out by itself which gradients are needed."""
     if impl == "cpp":
@@ -397,9 +379,7 @@ def _compiled(
             *arguments, -1 if workspace_bytes is None else workspace_bytes
         )
     wanted = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3])
-    hidden = arguments[0]
-    room = workspace(workspace_bytes, N, V, hidden.device, gradients=hidden.dtype.itemsize)
-    if scratch is not None and scratch.numel() < room:
-        scratch = None
-    found = torch.ops.fusedrl.linear_policy_loss_triton(*arguments, room, scratch, *wanted)
+    found = torch.ops.fusedrl.linear_policy_loss_triton(
+        *arguments, workspace(workspace_bytes, N, V), *wanted
+    )
     return found[:4]
