@@ -254,9 +254,7 @@ def test_refuses_what_it_does_not_support(device):
     with pytest.raises(ValueError, match="residual does not fit"):
         rms_norm(x, weight, eps=EPS, residual=torch.zeros(2, 4, device=device))
     with pytest.raises(TypeError, match="expected weight of dtype float32"):
-        rms_norm(x, weight.double(), eps=EPS)
-    half = rms_norm(x + 1, 3 * weight.half(), eps=EPS)
-    assert torch.equal(half, rms_norm(x + 1, 3 * weight, eps=EPS))
+        rms_norm(x, weight.half(), eps=EPS)
     with pytest.raises(TypeError, match="expected x of dtype"):
         rms_norm(x.long(), weight.long(), eps=EPS)
     with pytest.raises(ValueError, match="contiguous last dimension"):
