@@ -11,9 +11,8 @@ Shapes    N rows, K inputs, O outputs.
 Bytes     the weights once per 64 rows; x and y once. 2 N K O flops.
 Numerics  float32 sums and results, whatever the dtype of the inputs ("torch": float64 for float64;
           it uses the order of the BLAS, so it defines the result but has no fixed order).
-Triton    one program per tile of 64 rows and 16 to 64 outputs, whatever the number of rows: fewer
-          outputs where 64 would leave most of a GPU's processors idle. It walks along K from the
-          front, 64 inputs at a time (float32 weights: 32 rows, 32 inputs). If the
+Triton    one program per tile of 64 rows and 64 outputs, whatever the number of rows. It walks
+          along K from the front, 64 inputs at a time (float32 weights: 32 rows, 32 inputs). If the
           weights are bfloat16 and x is not, x is split into a sum of two bfloat16 numbers as in
           split_linear.py: 4 N K O flops. Float32 weights do not use tensor cores. Not run on a GPU
           in this project.
@@ -35,17 +34,18 @@ if triton is not None:
 _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 FIXED_LINEAR_DTYPES = (torch.float32, torch.bfloat16)  # of the weights; "torch" takes more
 _STAGES = 3  # pipeline stages of the loop
-_PROGRAMS = 128  # about the processors of a GPU: as many tiles of outputs, if there are enough
 # neighbouring tiles of rows run next to each other, so that their weights come from a cache
 _GROUP = 16
 
 
-def _tile(float32: bool, O: int) -> dict[str, int]:
-    """Return the tile sizes. They determine the order of the sums, so they depend only on the
-    weights."""
-    columns = next((wide for wide in (64, 32) if wide * _PROGRAMS <= O), 16)
-    rows, step = (32, 32) if float32 else (64, 64)
-    return {"ROWS": rows, "COLUMNS": columns, "STEP": step}
+def _tile(float32: bool) -> dict[str, int]:
+    """Return the tile sizes. They determine the order of the sums, so they depend only on the dtype
+    of the weights."""
+    return (
+        {"ROWS": 32, "COLUMNS": 64, "STEP": 32}
+        if float32
+        else {"ROWS": 64, "COLUMNS": 64, "STEP": 64}
+    )
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ if triton is not None:
     # What tests/offline_compile.py compiles: a projection, one with a bias, a head with a softcap,
     # of the inputs and weights that a decoder brings.
     OFFLINE_KERNELS = {
-        f"{x}_{weight}_{K}x{O}{'_bias' if bias else ''}{'_capped' if capped else ''}": {
+        f"{x}_{weight}_{K}{'_bias' if bias else ''}{'_capped' if capped else ''}": {
             "kernel": _kernel,
             "signature": {
                 "x_ptr": f"*{x}",
@@ -131,21 +131,21 @@ if triton is not None:
                 "CAPPED": capped,
                 "WIDEN": False,
                 "GROUP": _GROUP,
-                **_tile(weight == "fp32", O),
+                **_tile(weight == "fp32"),
                 **({} if bias else {"bias_ptr": None}),
             },
             "num_warps": 4,
             "num_stages": _STAGES,
         }
-        for x, weight, K, O, bias, capped in (
-            ("fp32", "bf16", 4096, 4096, False, False),
-            ("fp32", "bf16", 896, 1152, True, False),
-            ("fp16", "bf16", 4096, 4096, False, False),
-            ("bf16", "bf16", 4096, 8192, False, True),
-            ("bf16", "bf16", 4096, 8192, False, False),
-            ("fp32", "fp32", 4096, 8192, True, True),
-            ("fp32", "fp32", 896, 896, False, False),
-            ("fp32", "bf16", 100, 8192, False, False),
+        for x, weight, K, bias, capped in (
+            ("fp32", "bf16", 4096, False, False),
+            ("fp32", "bf16", 896, True, False),
+            ("fp16", "bf16", 4096, False, False),
+            ("bf16", "bf16", 4096, False, True),
+            ("bf16", "bf16", 4096, False, False),
+            ("fp32", "fp32", 4096, True, True),
+            ("fp32", "fp32", 896, False, False),
+            ("fp32", "bf16", 100, False, False),
         )
     }
 
@@ -156,7 +156,7 @@ def _fixed_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, softcap
     (N, K), O = x.shape, weight.shape[0]
     y_NO = x.new_empty(N, O, dtype=torch.float32)
     if N and O:
-        tile = _tile(weight.dtype == torch.float32, O)
+        tile = _tile(weight.dtype == torch.float32)
         x, weight = (
             t if t.data_ptr() % 16 == 0 else t.clone()
             for t in (x.contiguous(), weight.contiguous())

@@ -93,7 +93,6 @@ def paged_attention_reference(
 
 # ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
-    _LOG2_E = tl.constexpr(1.4426950408889634)
 
     @triton.jit
     def _tanh(x):
@@ -426,58 +425,6 @@ def _check_ranges(
         )
 
 
-def chosen_for(
-    op: str,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    window: int | None,
-    softcap: float | None,
-    impl: str | None,
-) -> str:
-    """Check that sizes, dtypes and limits of a call of `op` agree, and return its
-    implementation."""
-    check(
-        op,
-        {
-            "q": (q, "N Hq D"),
-            "k_cache": (k_cache, "blocks Hkv D S"),
-            "v_cache": (v_cache, "blocks Hkv S D"),
-            "block_table": (block_table, "B M"),
-            "context_lens": (context_lens, "N"),
-        },
-    )
-    (_, Hq, D), (_, Hkv, _, S) = q.shape, k_cache.shape
-    refused = {}
-    if q.dtype == torch.float64:
-        refused = {"cpp": "it computes in float32", "triton": "it computes in float32"}
-    elif D > _LARGEST_HEAD:
-        refused = {"triton": f"it serves head dims up to {_LARGEST_HEAD}, and this one is {D}"}
-    chosen = _IMPLS.choose(q.device, impl, refused)
-    check_dtype(op, "q", q, FLOATS)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_dtype(op, name, tensor, (q.dtype,))
-        if chosen != "torch" and not tensor.is_contiguous():
-            raise ValueError(
-                f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it "
-                "in this shape"
-            )
-    check_dtype(op, "block_table", block_table, (torch.int32,))
-    check_dtype(op, "context_lens", context_lens, (torch.int32, torch.int64))
-    if not Hkv or Hq % Hkv or not D or not S:
-        raise ValueError(
-            f"{op}: expected query heads in a multiple of the key/value heads, a head dim and "
-            f"slots, got Hq {Hq}, Hkv {Hkv}, D {D}, S {S}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: expected window >= 1 or None, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
-    return chosen
-
-
 @torch.no_grad()
 def paged_attention(
     q: Tensor,
@@ -517,11 +464,43 @@ def paged_attention(
         TypeError: a dtype is not supported.
         RuntimeError: `impl` cannot run on this machine.
     """
-    chosen = chosen_for(
-        "paged_attention", q, k_cache, v_cache, block_table, context_lens, window, softcap, impl
+    op = "paged_attention"
+    check(
+        op,
+        {
+            "q": (q, "B Hq D"),
+            "k_cache": (k_cache, "blocks Hkv D S"),
+            "v_cache": (v_cache, "blocks Hkv S D"),
+            "block_table": (block_table, "B M"),
+            "context_lens": (context_lens, "B"),
+        },
     )
-    check("paged_attention", {"q": (q, "B Hq D"), "block_table": (block_table, "B M")})
-    D, (blocks, _, _, S) = q.shape[2], k_cache.shape
+    (_, Hq, D), (blocks, Hkv, _, S) = q.shape, k_cache.shape
+    refused = {}
+    if q.dtype == torch.float64:
+        refused = {"cpp": "it computes in float32", "triton": "it computes in float32"}
+    elif D > _LARGEST_HEAD:
+        refused = {"triton": f"it serves head dims up to {_LARGEST_HEAD}, and this one is {D}"}
+    chosen = _IMPLS.choose(q.device, impl, refused)
+    check_dtype(op, "q", q, FLOATS)
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dtype(op, name, tensor, (q.dtype,))
+        if chosen != "torch" and not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it "
+                "in this shape"
+            )
+    check_dtype(op, "block_table", block_table, (torch.int32,))
+    check_dtype(op, "context_lens", context_lens, (torch.int32, torch.int64))
+    if not Hkv or Hq % Hkv or not D or not S:
+        raise ValueError(
+            f"{op}: expected query heads in a multiple of the key/value heads, a head dim and "
+            f"slots, got Hq {Hq}, Hkv {Hkv}, D {D}, S {S}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: expected window >= 1 or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     scale = D**-0.5 if scale is None else scale
     if chosen == "cpp":
         return torch.ops.fusedrl.paged_attention(

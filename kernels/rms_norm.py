@@ -372,7 +372,7 @@ def rms_norm(
     Args:
         x: [N, H], or [N, heads, H] to normalise every head. The last dimension must be contiguous;
             the other strides are free.
-        weight: [H], of x's dtype; beside float32 also bfloat16 or float16, which is exact.
+        weight: [H], of x's dtype.
         eps: added to the mean of the squares.
         residual: tensor in the shape and dtype of x, added to x first. If None, nothing is added.
         offset: added to the weight, in float32.
@@ -398,10 +398,8 @@ def rms_norm(
         else _IMPLS
     ).choose(x.device, impl)
     check_dtype(op, "x", x, FLOATS)
-    check_dtype(op, "weight", weight, FLOATS[:3] if x.dtype == torch.float32 else (x.dtype,))
-    check_dtype(op, "residual", residual, (x.dtype,))
-    if chosen != "triton":
-        weight = weight.to(x.dtype)
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        check_dtype(op, name, tensor, (x.dtype,))
     for name, tensor in (("x", x), ("residual", residual)):
         check_last_contiguous(op, name, tensor)
     if chosen == "torch":

@@ -14,13 +14,11 @@ Shapes    N tokens, R of them read out, B rows (sequences) of the block table, M
           block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
 cpp       one native op computes everything (kernels/decode_step.py).
 triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_attention, swiglu, with
-          matrix products between them. The products of up to 64 tokens with bfloat16 weights are
-          `fixed_linear`'s, one launch each, those of more are split_linear's; those of other dtypes
-          are torch's. A layer that decodes is then 9 launches, and one to merge the splits of
-          contexts beyond 256 positions. If a family rotates q and k in part or not at all, or norms
-          all heads together, rope (if any) is a separate op and torch writes the cache. Tiles of a
-          prompt's tokens read the cached positions before them together (paged_prefill), or, if the
-          numerics are fixed, every token by itself; no row is gathered.
+          matrix products between them. The products are split_linear's for bfloat16 weights,
+          torch's for other dtypes, or `fixed_linear`'s, whose rows do not depend on one another. If
+          a family rotates q and k in part or not at all, or norms all heads together, rope (if any)
+          is a separate op and torch writes the cache. Every token of a prompt reads the cached
+          positions before it by itself; no row is gathered.
 torch     `layer` over plain torch, in any float dtype.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the
           weights' dtype; the RMSNorm rounds before it multiplies by its weight (with an offset,
@@ -47,7 +45,6 @@ from fusedrl.kernels import decode_step as native_step
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.kv_cache import rope_and_cache
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
-from fusedrl.kernels.paged_prefill import paged_prefill, prefill_tiles, queries_of_a_tile
 from fusedrl.kernels.rms_norm import rms_norm_reference
 from fusedrl.kernels.rope import RopeTable, rope_reference
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
@@ -60,8 +57,6 @@ _IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("t
 _INTERPRETED: str | None = "triton"
 # the reference gathers the whole row of every token: so many tokens at a time bound its memory
 _GATHERED_TOKENS = 128
-# largest number of tokens whose products with bfloat16 weights are one launch: one tile of rows
-_FEW_TOKENS = 64
 
 
 class Adapter(NamedTuple):
@@ -176,8 +171,8 @@ class _Paged(Ops):
         )
         self.adapter, self.dtype, self.size = weights.adapter, dtype, size
         self.keys, self.values = k_cache.unbind(), v_cache.unbind()
-        self.table_BM, self.rows_N, self.lens_N = block_table_BM, rows_N, positions_N + 1
-        self.block_N = block_table_BM[rows_N, positions_N // size].long()
+        self.blocks_NM, self.lens_N = block_table_BM[rows_N], positions_N + 1
+        self.block_N = self.blocks_NM.gather(1, positions_N[:, None] // size)[:, 0].long()
         self.slot_N = positions_N % size  # in the block
 
     def rows(self, ids_N: Tensor, table: Tensor) -> Tensor:
@@ -225,7 +220,7 @@ class _Reference(_Paged):
         q, k, v = self.heads(weights, qkv)
         self.write(index, k, v)
         parts = zip(
-            *(x.split(_GATHERED_TOKENS) for x in (q, self.rows_N, self.lens_N)), strict=True
+            *(x.split(_GATHERED_TOKENS) for x in (q, self.blocks_NM, self.lens_N)), strict=True
         )
         return torch.cat(
             [
@@ -233,13 +228,13 @@ class _Reference(_Paged):
                     part,
                     self.keys[index],
                     self.values[index],
-                    self.table_BM[rows],
+                    blocks,
                     lens,
                     weights.window or None,
                     self.options.attention_softcap,
                     self.options.attention_scale,
                 )
-                for part, rows, lens in parts
+                for part, blocks, lens in parts
             ]
         )
 
@@ -252,23 +247,12 @@ class _Reference(_Paged):
 
 class _Composition(_Paged):
     """Operations composed of the ops in kernels. `product`: computes activations times weights;
-    `fixed`: the bits of a token are those that it has alone; `prompts`: some sequence has several
-    tokens."""
+    `fixed`: the bits of a row do not depend on other rows."""
 
-    def __init__(self, *where: Any, product: Linear, fixed: bool, prompts: bool) -> None:
+    def __init__(self, *where: Any, product: Linear, fixed: bool) -> None:
         super().__init__(*where)
         self.product, self.fixed = product, fixed
         self.slots_N = self.block_N * self.size + self.slot_N  # in the cache
-        self.tiles = self.blocks_NM = None
-        if prompts and not fixed:
-            group, bytes_ = self.num_heads // self.num_kv_heads, self.keys[0].element_size()
-            queries = queries_of_a_tile(group, self.head_dim, bytes_)
-            self.tiles = prefill_tiles(self.rows_N, self.lens_N, queries)
-        else:
-            self.blocks_NM = self.table_BM[self.rows_N]
-
-    def _norm_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return weight if dtype == torch.float32 else weight.to(dtype)  # widened in the kernel
 
     def linear(
         self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
@@ -298,17 +282,17 @@ class _Composition(_Paged):
         else:
             q, k, v = self.heads(weights, qkv)
             self.write(index, k, v)
-        how: dict[str, Any] = {
-            "window": weights.window or None,
-            "softcap": options.attention_softcap,
-            "scale": options.attention_scale,
-            "impl": self.impl,
-        }
-        q = q.to(keys.dtype)
-        if self.blocks_NM is None:
-            where = (self.table_BM, self.rows_N, self.lens_N)
-            return paged_prefill(q, keys, values, *where, tiles=self.tiles, **how)
-        return paged_attention(q, keys, values, self.blocks_NM, self.lens_N, **how)
+        return paged_attention(
+            q.to(keys.dtype),
+            keys,
+            values,
+            self.blocks_NM,
+            self.lens_N,
+            window=weights.window or None,
+            softcap=options.attention_softcap,
+            scale=options.attention_scale,
+            impl=self.impl,
+        )
 
     def _in_one(self, weights: LayerWeights) -> bool:
         """Whether the op rope_and_cache can be used: all of a head is rotated, and norms are per
@@ -327,18 +311,11 @@ class _Composition(_Paged):
         return activate(up, self.options.activation, gated=weights.gated, impl=self.impl)
 
 
-def _bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x W^T + b for bfloat16 weights: few rows by one kernel, many by a BLAS."""
-    if x.shape[0] <= _FEW_TOKENS and weight.dtype == torch.bfloat16:
-        return fixed_linear(x, weight, bias, impl="triton")
-    return split_linear(x, weight, bias)
-
-
 def _product_of(dtype: torch.dtype, fixed: bool) -> Linear:
     """Return the function that multiplies with weights of `dtype`."""
     if fixed:
         return partial(fixed_linear, impl="triton")
-    return _bfloat16_linear if dtype == torch.bfloat16 else F.linear
+    return split_linear if dtype == torch.bfloat16 else F.linear
 
 
 def _composed(
@@ -585,7 +562,5 @@ def decode_step(
             each,
             product=_product_of(dtype, fixed),
             fixed=fixed,
-            # of a row that decodes, the one token is drawn after, too
-            prompts=len(token_ids) > len(out_slots if out_slots is not None else block_table),
         )
     return _composed(ops, weights, token_ids, positions, out_slots)

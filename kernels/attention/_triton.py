@@ -35,7 +35,7 @@ from fusedrl.kernels.runtime.checks import refuse_double_backward
 from fusedrl.kernels.runtime.triton import tl, triton
 
 if triton is not None:
-    from fusedrl.kernels.paged_attention import _LOG2_E, _tanh
+    from fusedrl.kernels.paged_attention import _tanh
 
 LARGEST_HEAD = 256
 _UNBOUNDED = 1 << 30  # the window that is none; sums with a position stay int32
@@ -46,27 +46,15 @@ if triton is not None:
 
     @triton.jit
     def _rows(
-        ptr,
-        start,
-        at,
-        end,
-        row,
-        head,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        WIDEN: tl.constexpr,
-        ALL: tl.constexpr = False,
+        ptr, start, at, end, row, head, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr
     ):
-        """Load one head of the tokens start + at, [len(at), BLOCK_D]; 0 from `end` on. ALL: no
-        token lies beyond the end."""
+        """Load one head of the tokens start + at, [len(at), BLOCK_D]; 0 from `end` on."""
         d = tl.arange(0, BLOCK_D)
-        places = ptr + (start + at).to(tl.int64)[:, None] * row + head * D + d[None, :]
-        if not ALL:
-            x = tl.load(places, mask=(at < end)[:, None] & (d < D)[None, :], other=0.0)
-        elif D == BLOCK_D:
-            x = tl.load(places)
-        else:
-            x = tl.load(places, mask=(d < D)[None, :], other=0.0)
+        x = tl.load(
+            ptr + (start + at).to(tl.int64)[:, None] * row + head * D + d[None, :],
+            mask=(at < end)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
         return x.to(tl.float32) if WIDEN else x
 
     @triton.jit
@@ -84,79 +72,6 @@ if triton is not None:
         near = (i < length) & (j < length) & (i - j < window) & (j - i < window)
         return near & (j <= i) if CAUSAL else near
 
-    @triton.jit
-    def _keys(first, length, window, CAUSAL: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-        """Return where the tiles of keys begin that queries first to first + R - 1 see, where those
-        begin and end that all of these queries see whole, and the last key."""
-        low = tl.maximum(first - window + 1, 0) // C * C
-        high = tl.minimum(length, first + R if CAUSAL else first + R - 1 + window)
-        whole = (tl.maximum(first + R - window, 0) + C - 1) // C * C
-        whole = tl.minimum(whole, (high + C - 1) // C * C)
-        end = (first + 1 if CAUSAL else tl.minimum(length, first + window)) // C * C
-        return low, whole, tl.maximum(end, whole), high
-
-    @triton.jit
-    def _queries(first, length, window, CAUSAL: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-        """Return the same of the tiles of queries that see keys first to first + C - 1."""
-        low = (first if CAUSAL else tl.maximum(first - window + 1, 0)) // R * R
-        high = tl.minimum(length, first + C - 1 + window)
-        whole = first + C - 1 if CAUSAL else tl.maximum(first + C - window, 0)
-        whole = tl.minimum((whole + R - 1) // R * R, (high + R - 1) // R * R)
-        end = tl.minimum(length, first + window) // R * R
-        return low, whole, tl.maximum(end, whole), high
-
-    @triton.jit
-    def _forward_tiles(
-        acc,
-        total,
-        top,
-        q,
-        i,
-        k_ptr,
-        v_ptr,
-        start,
-        begin,
-        end,
-        length,
-        k_row,
-        v_row,
-        kv,
-        window,
-        scale,
-        softcap,
-        ALL: tl.constexpr,
-        CAUSAL: tl.constexpr,
-        CAPPED: tl.constexpr,
-        WIDEN: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        C: tl.constexpr,
-    ):
-        """Continue the softmax of the queries over the keys begin to end. ALL: every query sees
-        every one of them. Scores are in units of ln 2: one multiplication turns them into those,
-        and exp2 is one instruction."""
-        for at in range(begin, end, C):
-            j = at + tl.arange(0, C)
-            k = _rows(k_ptr, start, j, length, k_row, kv, D, BLOCK_D, WIDEN, ALL)
-            v = _rows(v_ptr, start, j, length, v_row, kv, D, BLOCK_D, WIDEN, ALL)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if CAPPED:
-                scores = _tanh(scores * (scale / softcap)) * (softcap * _LOG2_E)
-            else:
-                scores *= scale * _LOG2_E
-            if not ALL:
-                seen = _sees(i[:, None], j[None, :], length, window, CAUSAL)
-                scores = tl.where(seen, scores, -float("inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            # a tile of which a row sees nothing, before any that it sees
-            base = higher if ALL else tl.where(higher == -float("inf"), 0.0, higher)
-            shrink = tl.exp2(top - base)
-            weights = tl.exp2(scores - base[:, None])
-            total = total * shrink + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            top = higher
-        return acc, total, top
-
     @triton.jit(do_not_specialize=["tiles", "window"])
     def _forward_kernel(
         q_ptr,
@@ -173,7 +88,6 @@ if triton is not None:
         scale,
         softcap,
         CAUSAL: tl.constexpr,
-        WINDOWED: tl.constexpr,
         CAPPED: tl.constexpr,
         WIDEN: tl.constexpr,
         HEADS: tl.constexpr,
@@ -184,98 +98,50 @@ if triton is not None:
         C: tl.constexpr,
     ):
         b, h = tl.program_id(0) // tiles, tl.program_id(1)
-        first = (tiles - 1 - tl.program_id(0) % tiles) * R  # those that see most begin first
+        first = tl.program_id(0) % tiles * R
         start = tl.load(ends_ptr + b)
         length = tl.load(ends_ptr + b + 1) - start
         if first >= length:
             return
         i = first + tl.arange(0, R)
         q = _rows(q_ptr, start, i, length, q_row, h, D, BLOCK_D, WIDEN)
-        state = (
-            tl.zeros([R, BLOCK_D], tl.float32),
-            tl.zeros([R], tl.float32),
-            tl.full([R], -float("inf"), tl.float32),
-        )
-        low, whole, end, high = _keys(first, length, window, CAUSAL, R, C)
-        of = (k_row, v_row, h // GROUP, window, scale, softcap)
-        keys = (q, i, k_ptr, v_ptr, start)
-        if WINDOWED:
-            state = _forward_tiles(
-                *state, *keys, low, whole, length, *of, False, CAUSAL, CAPPED, WIDEN, D, BLOCK_D, C
+        top = tl.full([R], -float("inf"), tl.float32)
+        total = tl.zeros([R], tl.float32)
+        acc = tl.zeros([R, BLOCK_D], tl.float32)
+        low = tl.maximum(first - window + 1, 0) // C * C
+        high = tl.minimum(length, first + R if CAUSAL else first + R - 1 + window)
+        for begin in range(low, high, C):
+            j = begin + tl.arange(0, C)
+            k = _rows(k_ptr, start, j, length, k_row, h // GROUP, D, BLOCK_D, WIDEN)
+            v = _rows(v_ptr, start, j, length, v_row, h // GROUP, D, BLOCK_D, WIDEN)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if CAPPED:
+                scores = _tanh(scores / softcap) * softcap
+            scores = tl.where(
+                _sees(i[:, None], j[None, :], length, window, CAUSAL), scores, -float("inf")
             )
-        state = _forward_tiles(
-            *state, *keys, whole, end, length, *of, True, CAUSAL, CAPPED, WIDEN, D, BLOCK_D, C
-        )
-        acc, total, top = _forward_tiles(
-            *state, *keys, end, high, length, *of, False, CAUSAL, CAPPED, WIDEN, D, BLOCK_D, C
-        )
+            higher = tl.maximum(top, tl.max(scores, 1))
+            # a tile of which a row sees nothing, before any that it sees
+            base = tl.where(higher == -float("inf"), 0.0, higher)
+            shrink = tl.exp(top - base)
+            weights = tl.exp(scores - base[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            top = higher
         total = tl.where(total == 0.0, 1.0, total)  # of rows beyond the end, which are not stored
         _put(o_ptr, acc / total[:, None], start, i, length, HEADS * D, h, D, BLOCK_D)
         tl.store(
-            lse_ptr + (start + i).to(tl.int64) * HEADS + h,
-            (top + tl.log2(total)) / _LOG2_E,
-            mask=i < length,
+            lse_ptr + (start + i).to(tl.int64) * HEADS + h, top + tl.log(total), mask=i < length
         )
 
     @triton.jit
-    def _weights(dot, lse, scale, softcap, CAPPED: tl.constexpr):
-        """Return the softmax's weights and the derivative of the capped scores. Scores and lse are
-        in units of ln 2."""
+    def _weights(scores, lse, seen, softcap, CAPPED: tl.constexpr):
+        """Return the softmax's weights and the derivative of the capped scores."""
+        slope = 1.0
         if CAPPED:
-            turned = _tanh(dot * (scale / softcap))
-            scores, slope = turned * (softcap * _LOG2_E), 1.0 - turned * turned
-        else:
-            scores, slope = dot * (scale * _LOG2_E), 1.0
-        return scores - lse, slope
-
-    @triton.jit
-    def _backward_q_tiles(
-        acc,
-        q,
-        do,
-        lse,
-        delta,
-        i,
-        k_ptr,
-        v_ptr,
-        start,
-        begin,
-        end,
-        length,
-        k_row,
-        v_row,
-        kv,
-        window,
-        scale,
-        softcap,
-        ALL: tl.constexpr,
-        CAUSAL: tl.constexpr,
-        CAPPED: tl.constexpr,
-        WIDEN: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        C: tl.constexpr,
-    ):
-        """Add to the gradient of the queries what the keys begin to end give."""
-        for at in range(begin, end, C):
-            j = at + tl.arange(0, C)
-            k = _rows(k_ptr, start, j, length, k_row, kv, D, BLOCK_D, WIDEN, ALL)
-            v = _rows(v_ptr, start, j, length, v_row, kv, D, BLOCK_D, WIDEN, ALL)
-            scores, slope = _weights(
-                tl.dot(q, tl.trans(k), input_precision="ieee"),
-                lse[:, None],
-                scale,
-                softcap,
-                CAPPED,
-            )
-            if not ALL:
-                seen = _sees(i[:, None], j[None, :], length, window, CAUSAL)
-                scores = tl.where(seen, scores, -float("inf"))
-            ds = tl.exp2(scores) * (
-                tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None]
-            )
-            acc = tl.dot((ds * slope).to(k.dtype), k, acc, input_precision="ieee")
-        return acc
+            turned = _tanh(scores / softcap)
+            scores, slope = turned * softcap, 1.0 - turned * turned
+        return tl.where(seen, tl.exp(tl.where(seen, scores - lse, 0.0)), 0.0), slope
 
     @triton.jit(do_not_specialize=["tiles", "window"])
     def _backward_q_kernel(
@@ -296,7 +162,6 @@ if triton is not None:
         scale,
         softcap,
         CAUSAL: tl.constexpr,
-        WINDOWED: tl.constexpr,
         CAPPED: tl.constexpr,
         WIDEN: tl.constexpr,
         HEADS: tl.constexpr,
@@ -307,7 +172,7 @@ if triton is not None:
         C: tl.constexpr,
     ):
         b, h = tl.program_id(0) // tiles, tl.program_id(1)
-        first = (tiles - 1 - tl.program_id(0) % tiles) * R
+        first = tl.program_id(0) % tiles * R
         start = tl.load(ends_ptr + b)
         length = tl.load(ends_ptr + b + 1) - start
         if first >= length:
@@ -317,117 +182,29 @@ if triton is not None:
         do = _rows(do_ptr, start, i, length, HEADS * D, h, D, BLOCK_D, WIDEN)
         o = _rows(o_ptr, start, i, length, HEADS * D, h, D, BLOCK_D, WIDEN)
         slot = (start + i).to(tl.int64) * HEADS + h
-        lse = tl.load(lse_ptr + slot, mask=i < length, other=0.0) * _LOG2_E
+        lse = tl.load(lse_ptr + slot, mask=i < length, other=0.0)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         tl.store(delta_ptr + slot, delta, mask=i < length)
-        low, whole, end, high = _keys(first, length, window, CAUSAL, R, C)
         acc = tl.zeros([R, BLOCK_D], tl.float32)
-        queries, of = (q, do, lse, delta, i), (k_row, v_row, h // GROUP, window, scale, softcap)
-        keys = (k_ptr, v_ptr, start)
-        if WINDOWED:
-            acc = _backward_q_tiles(
-                acc,
-                *queries,
-                *keys,
-                low,
-                whole,
-                length,
-                *of,
-                False,
-                CAUSAL,
-                CAPPED,
-                WIDEN,
-                D,
-                BLOCK_D,
-                C,
-            )
-        acc = _backward_q_tiles(
-            acc,
-            *queries,
-            *keys,
-            whole,
-            end,
-            length,
-            *of,
-            True,
-            CAUSAL,
-            CAPPED,
-            WIDEN,
-            D,
-            BLOCK_D,
-            C,
-        )
-        acc = _backward_q_tiles(
-            acc,
-            *queries,
-            *keys,
-            end,
-            high,
-            length,
-            *of,
-            False,
-            CAUSAL,
-            CAPPED,
-            WIDEN,
-            D,
-            BLOCK_D,
-            C,
-        )
-        _put(dq_ptr, acc * scale, start, i, length, HEADS * D, h, D, BLOCK_D)
-
-    @triton.jit
-    def _backward_kv_tiles(
-        dk,
-        dv,
-        k,
-        v,
-        j,
-        q_ptr,
-        do_ptr,
-        lse_ptr,
-        delta_ptr,
-        start,
-        begin,
-        end,
-        length,
-        q_row,
-        h,
-        window,
-        scale,
-        softcap,
-        ALL: tl.constexpr,
-        CAUSAL: tl.constexpr,
-        CAPPED: tl.constexpr,
-        WIDEN: tl.constexpr,
-        HEADS: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        R: tl.constexpr,
-    ):
-        """Add to the gradients of the keys and values what the queries begin to end of one head
-        give."""
-        for at in range(begin, end, R):
-            i = at + tl.arange(0, R)
-            q = _rows(q_ptr, start, i, length, q_row, h, D, BLOCK_D, WIDEN, ALL)
-            do = _rows(do_ptr, start, i, length, HEADS * D, h, D, BLOCK_D, WIDEN, ALL)
-            slot = (start + i).to(tl.int64) * HEADS + h
-            lse = tl.load(lse_ptr + slot, mask=i < length, other=0.0) * _LOG2_E
-            delta = tl.load(delta_ptr + slot, mask=i < length, other=0.0)
-            scores, slope = _weights(
-                tl.dot(k, tl.trans(q), input_precision="ieee"),
-                lse[None, :],
-                scale,
+        low = tl.maximum(first - window + 1, 0) // C * C
+        high = tl.minimum(length, first + R if CAUSAL else first + R - 1 + window)
+        for begin in range(low, high, C):
+            j = begin + tl.arange(0, C)
+            k = _rows(k_ptr, start, j, length, k_row, h // GROUP, D, BLOCK_D, WIDEN)
+            v = _rows(v_ptr, start, j, length, v_row, h // GROUP, D, BLOCK_D, WIDEN)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            weights, slope = _weights(
+                scores,
+                lse[:, None],
+                _sees(i[:, None], j[None, :], length, window, CAUSAL),
                 softcap,
                 CAPPED,
             )
-            if not ALL:
-                seen = _sees(i[None, :], j[:, None], length, window, CAUSAL)
-                scores = tl.where(seen, scores, -float("inf"))
-            weights = tl.exp2(scores)
-            dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-            ds = weights * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-            dk = tl.dot((ds * slope).to(q.dtype), q, dk, input_precision="ieee")
-        return dk, dv
+            ds = (
+                weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None]) * slope
+            )
+            acc += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+        _put(dq_ptr, acc * scale, start, i, length, HEADS * D, h, D, BLOCK_D)
 
     @triton.jit(do_not_specialize=["tiles", "window"])
     def _backward_kv_kernel(
@@ -448,7 +225,6 @@ if triton is not None:
         scale,
         softcap,
         CAUSAL: tl.constexpr,
-        WINDOWED: tl.constexpr,
         CAPPED: tl.constexpr,
         WIDEN: tl.constexpr,
         HEADS: tl.constexpr,
@@ -467,81 +243,48 @@ if triton is not None:
         j = first + tl.arange(0, C)
         k = _rows(k_ptr, start, j, length, k_row, kv, D, BLOCK_D, WIDEN)
         v = _rows(v_ptr, start, j, length, v_row, kv, D, BLOCK_D, WIDEN)
-        low, whole, end, high = _queries(first, length, window, CAUSAL, R, C)
-        sums = (tl.zeros([C, BLOCK_D], tl.float32), tl.zeros([C, BLOCK_D], tl.float32))
-        keys, queries = (k, v, j), (q_ptr, do_ptr, lse_ptr, delta_ptr, start)
+        dk = tl.zeros([C, BLOCK_D], tl.float32)
+        dv = tl.zeros([C, BLOCK_D], tl.float32)
+        low = (first if CAUSAL else tl.maximum(first - window + 1, 0)) // R * R
+        high = tl.minimum(length, first + C - 1 + window)
         for h in range(kv * GROUP, (kv + 1) * GROUP):
-            of = (length, q_row, h, window, scale, softcap)
-            sums = _backward_kv_tiles(
-                *sums,
-                *keys,
-                *queries,
-                low,
-                whole,
-                *of,
-                False,
-                CAUSAL,
-                CAPPED,
-                WIDEN,
-                HEADS,
-                D,
-                BLOCK_D,
-                R,
-            )
-            sums = _backward_kv_tiles(
-                *sums,
-                *keys,
-                *queries,
-                whole,
-                end,
-                *of,
-                True,
-                CAUSAL,
-                CAPPED,
-                WIDEN,
-                HEADS,
-                D,
-                BLOCK_D,
-                R,
-            )
-            if WINDOWED or not CAUSAL:
-                sums = _backward_kv_tiles(
-                    *sums,
-                    *keys,
-                    *queries,
-                    end,
-                    high,
-                    *of,
-                    False,
-                    CAUSAL,
+            for begin in range(low, high, R):
+                i = begin + tl.arange(0, R)
+                q = _rows(q_ptr, start, i, length, q_row, h, D, BLOCK_D, WIDEN)
+                do = _rows(do_ptr, start, i, length, HEADS * D, h, D, BLOCK_D, WIDEN)
+                slot = (start + i).to(tl.int64) * HEADS + h
+                lse = tl.load(lse_ptr + slot, mask=i < length, other=0.0)
+                delta = tl.load(delta_ptr + slot, mask=i < length, other=0.0)
+                scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+                weights, slope = _weights(
+                    scores,
+                    lse[None, :],
+                    _sees(i[None, :], j[:, None], length, window, CAUSAL),
+                    softcap,
                     CAPPED,
-                    WIDEN,
-                    HEADS,
-                    D,
-                    BLOCK_D,
-                    R,
                 )
-        dk, dv = sums
+                dv += tl.dot(weights.to(do.dtype), do, input_precision="ieee")
+                ds = (
+                    weights
+                    * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+                    * slope
+                )
+                dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
         _put(dk_ptr, dk * scale, start, j, length, (HEADS // GROUP) * D, kv, D, BLOCK_D)
         _put(dv_ptr, dv, start, j, length, (HEADS // GROUP) * D, kv, D, BLOCK_D)
 
 
 # ---- launchers -----------------------------------------------------------------------------------
-def _shape(D: int, kind: str, wgmma: bool) -> dict[str, int]:
-    """Return the tile sizes and warps of a kernel ("forward", "q" or "kv", of the backward).
-
-    With `wgmma`, on sm_90, products have 64 or 128 rows, which its tensor cores take in one
-    instruction. Elsewhere such tiles would spill registers."""
+def _shape(D: int, backward: bool) -> dict[str, int]:
+    """Return tile sizes that do not spill registers on any target: 64 by 64 in the forward up to
+    heads of 128 (255 registers on sm_80), else 32 by 32."""
     block = max(16, triton.next_power_of_2(D))
-    if wgmma and block <= 128:
-        rows, columns = (128, 64) if kind != "kv" else (64, 128) if block <= 64 else (32, 64)
-        return {"BLOCK_D": block, "R": rows, "C": columns, "num_warps": 8}
-    side = 64 if kind == "forward" and block <= 128 else 32
-    return {"BLOCK_D": block, "R": side, "C": side, "num_warps": 8 if D > 128 else 4}
+    side = 32 if backward or block > 128 else 64
+    return {"BLOCK_D": block, "R": side, "C": side}
 
 
-def _has_wgmma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _warps(D: int) -> int:
+    return 8 if D > 128 else 4
 
 
 def _common(
@@ -553,27 +296,25 @@ def _common(
     window: int,
     scale: float,
     softcap: float,
-    kind: str,
-) -> tuple[int, tuple, dict]:
-    """Return the tiles of a sequence, the kernel arguments from the row strides on, and the
-    compile-time constants."""
+    backward: bool,
+) -> tuple[tuple, dict]:
+    """Return the kernel arguments from the row strides on, and the compile-time constants."""
     Hq, D = q.shape[1:]
-    shape = _shape(D, kind, _has_wgmma(q.device))
+    shape = _shape(D, backward)
     # exact; the interpreter would multiply the bits of bfloat16 as integers
     widen = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    tiles = triton.cdiv(max(1, max_length), shape["C" if kind == "kv" else "R"])
+    tiles = triton.cdiv(max(1, max_length), shape["R"])
     return (
-        tiles,
         (q.stride(0), k.stride(0), v.stride(0), tiles, window or _UNBOUNDED, scale, softcap or 1.0),
         {
             "CAUSAL": causal,
-            "WINDOWED": window > 0,
             "CAPPED": softcap > 0,
             "WIDEN": widen,
             "HEADS": Hq,
             "GROUP": Hq // k.shape[1],
             "D": D,
             **shape,
+            "num_warps": _warps(D),
             "num_stages": 2,
         },
     )
@@ -601,10 +342,8 @@ def varlen_triton(
     q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
     o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if o.numel():
-        tiles, rest, constants = _common(
-            q, k, v, max_length, causal, window, scale, softcap, "forward"
-        )
-        _forward_kernel[((len(cu_seqlens) - 1) * tiles, q.shape[1])](
+        rest, constants = _common(q, k, v, max_length, causal, window, scale, softcap, False)
+        _forward_kernel[((len(cu_seqlens) - 1) * rest[3], q.shape[1])](
             q, k, v, cu_seqlens.contiguous(), o, lse, *rest, **constants
         )
     return o, lse
@@ -635,13 +374,12 @@ def _varlen_triton_backward(
         torch.empty_like(lse),
     )
     if dq.numel():
-        how = (max_length, causal, window, scale, softcap)
-        tiles, rest, constants = _common(q, k, v, *how, "q")
-        _backward_q_kernel[((len(cu_seqlens) - 1) * tiles, q.shape[1])](
+        rest, constants = _common(q, k, v, max_length, causal, window, scale, softcap, True)
+        programs = (len(cu_seqlens) - 1) * rest[3]
+        _backward_q_kernel[(programs, q.shape[1])](
             q, k, v, ends, o, lse, do, dq, delta, *rest, **constants
         )
-        tiles, rest, constants = _common(q, k, v, *how, "kv")
-        _backward_kv_kernel[((len(cu_seqlens) - 1) * tiles, k.shape[1])](
+        _backward_kv_kernel[(programs, k.shape[1])](
             q, k, v, ends, lse, do, delta, dk, dv, *rest, **constants
         )
     return dq, dk, dv
@@ -696,11 +434,10 @@ varlen_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 # What tests/offline_compile.py compiles: a Llama's heads of 64 and 128, Gemma's of 256 with a
-# softcap and a window, and heads of 80, which fill no power of two.
-def _offline(dtype: str, D: int, capped: bool, wgmma: bool) -> dict[str, dict]:
-    name = f"{dtype}_{D}{'_capped' if capped else ''}{'_wgmma' if wgmma else ''}"
-    rows = ("q_row", "k_row", "v_row")
-    scalars = dict.fromkeys(rows, "i64") | {
+# softcap, and heads of 80, which fill no power of two.
+def _offline(dtype: str, D: int, capped: bool) -> dict[str, dict]:
+    name = f"{dtype}_{D}{'_capped' if capped else ''}"
+    scalars = dict.fromkeys(("q_row", "k_row", "v_row"), "i64") | {
         "tiles": "i32",
         "window": "i32",
         "scale": "fp32",
@@ -710,39 +447,24 @@ def _offline(dtype: str, D: int, capped: bool, wgmma: bool) -> dict[str, dict]:
         "ends_ptr": "*i32",
         "lse_ptr": "*fp32",
     }
-    constants = {
-        "CAUSAL": True,
-        "WINDOWED": capped,
-        "CAPPED": capped,
-        "WIDEN": False,
-        "HEADS": 32,
-        "GROUP": 4,
-        "D": D,
-    }
-    more = {
-        "num_stages": 2,
-        "divisible": rows if wgmma else (),
-        "targets": ("sm_90",) if wgmma else ("sm_80", "sm_100"),
-    }
+    constants = {"CAUSAL": True, "CAPPED": capped, "WIDEN": False, "HEADS": 32, "GROUP": 4, "D": D}
+    more = {"num_warps": _warps(D), "num_stages": 2, "targets": ("sm_80", "sm_90", "sm_100")}
     kernels = {
         "forward": (_forward_kernel, {"o_ptr": f"*{dtype}"}),
-        "q": (
+        "backward_q": (
             _backward_q_kernel,
             dict.fromkeys(("o_ptr", "do_ptr", "dq_ptr"), f"*{dtype}") | {"delta_ptr": "*fp32"},
         ),
-        "kv": (
+        "backward_kv": (
             _backward_kv_kernel,
             dict.fromkeys(("do_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}") | {"delta_ptr": "*fp32"},
         ),
     }
-    shapes = {kind: _shape(D, kind, wgmma) for kind in kernels}
-    warps = {kind: shape.pop("num_warps") for kind, shape in shapes.items()}
     return {
-        f"{kind if kind == 'forward' else f'backward_{kind}'}_{name}": {
+        f"{kind}_{name}": {
             "kernel": kernel,
             "signature": pointers | own | scalars,
-            "constexprs": constants | shapes[kind],
-            "num_warps": warps[kind],
+            "constexprs": constants | _shape(D, kind != "forward"),
             **more,
         }
         for kind, (kernel, own) in kernels.items()
@@ -759,6 +481,5 @@ if triton is not None:
             ("bf16", 256, True),
             ("fp16", 128, False),
         )
-        for wgmma in (False, True)
-        for name, entry in _offline(dtype, D, capped, wgmma).items()
+        for name, entry in _offline(dtype, D, capped).items()
     }
