@@ -34,7 +34,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.optim.adamw import Optimizer
-from fusedrl.engine.policy import micro_loss
+from fusedrl.engine.policy import micro_loss, minibatches
 from fusedrl.engine.policy.metrics import Meter
 from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.runs.run import Run
@@ -65,7 +65,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (policy, "estimate", "algorithm: advantages"),
     (micro_loss, "objective_loss", "algorithm: loss"),
     (micro_loss, "head_loss", "algorithm: loss"),
-    (policy, "minibatch_weights", "algorithm: weights"),
+    (minibatches, "minibatch_weights", "algorithm: weights"),
     (policy, "measure", "algorithm: metrics"),
     (Meter, "add", "algorithm: metrics"),
     (Meter, "metrics", "algorithm: metrics"),

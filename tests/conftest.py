@@ -168,6 +168,12 @@ def _faults_are_of_the_test_that_made_them():
 
 
 @pytest.fixture(autouse=True)
+def _as_wide_as_needed(monkeypatch):
+    """pytest's workers set the width of a terminal that is not theirs."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_compiled_for_other_tests():
     """torch.compile wraps every op that it is given in one function of its own, and compiles eight
     variants of a function in a process, no more."""

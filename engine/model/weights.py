@@ -333,8 +333,12 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def _check_weights_suffice(directory: Path, config: ModelConfig) -> None:
-    there = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors"))
+    there = sum(path.stat().st_size for path in files)
     if there and (least := config.least_parameters) > there:  # of a byte each, at least
+        for path in files:
+            with opened(path):  # a damaged one is told as such
+                pass
         raise ValueError(
             f"{directory / 'config.json'}: describes a model of at least {least:,} parameters, and "
             f"the weights beside it have {there:,} bytes; one of the two is of another model or "

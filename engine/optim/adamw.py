@@ -183,7 +183,8 @@ class Optimizer:
         if not trees:
             live = [name for name in self._params if self._reached(name)]
             norm = _norm_of(_row_norms(self._gradient(name)) for name in live)
-            portions = self._portions([name for name in live if name in self._masters])
+            named = self._portions([name for name in live if name in self._masters])
+            portions = [names for names in named if names] or [[]]
         else:
             found = set[str]()
             for tree in trees:
@@ -213,10 +214,11 @@ class Optimizer:
         return StepResult(norm, True)
 
     def _update(self, grads: Gradients, scale: float | None) -> None:
-        """Update these parameters, with their gradients times `scale`."""
-        if not grads:
+        """Update these parameters, with their gradients times `scale`. Without any it is a step all
+        the same, which is noticed, on every rank alike."""
+        if self._adamw is None:
             return
-        if scale is not None:
+        if scale is not None and grads:
             torch._foreach_mul_(list(grads.values()), scale)
         low = [name for name in grads if self._masters[name] is not self._params[name]]
         self._follow(low)

@@ -624,11 +624,12 @@ def _schedules(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Return what to say if the number of steps changed and a schedule depends on it."""
     old, new = flat(saved), flat(current)
     before, now = old.get("steps"), new.get("steps")
+    objective = new.get("loss.objective") or new.get("algorithm")
     falling = [
         key
         for key, value in new.items()
         if value == "linear"
-        and (key == "optim.schedule" or (key == "trpo.schedule" and new["objective"] == "trpo"))
+        and (key == "optim.schedule" or (key == "trpo.schedule" and objective == "trpo"))
     ]
     if before == now or before is None or not falling:
         return ""

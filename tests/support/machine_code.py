@@ -57,9 +57,7 @@ class Code:
         inner = [
             (first, last)
             for first, last in spans
-            if not any(
-                (a, b) != (first, last) and first <= a and b <= last for a, b in spans
-            )
+            if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
         ]
         bodies = [
             Code(tuple(one for one in self.instructions if first <= one[0] <= last))
@@ -82,7 +80,5 @@ def disassemble(cubin: bytes) -> dict[str, Code]:
     found: dict[str, Code] = {}
     for part in text.split("Function : ")[1:]:
         lines = filter(None, map(_LINE.match, part.splitlines()))
-        found[part.split()[0]] = Code(
-            tuple((int(m[1], 16), m[2], m[3].strip()) for m in lines)
-        )
+        found[part.split()[0]] = Code(tuple((int(m[1], 16), m[2], m[3].strip()) for m in lines))
     return found

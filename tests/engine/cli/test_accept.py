@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fusedrl.engine.cli.devices import resume_command
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.runs.metrics import read_rows
 
@@ -69,8 +68,3 @@ def test_a_run_without_a_checkpoint_begins_anew(place, capsys):
     assert Path("run/model/model.safetensors").is_file()
     assert main(["runs", "."]) == 0  # what was set aside is no run of its own
     assert "aside" not in capsys.readouterr().out
-
-
-def test_what_holds_for_one_start_is_not_in_the_command_that_goes_on():
-    given = ["sft", "--run.restart", "true", "--run.accept-changes=true", "--run.dir", "x"]
-    assert resume_command(given) == "fusedrl train sft --run.dir x --run.resume true"

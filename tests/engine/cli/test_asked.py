@@ -521,7 +521,7 @@ def test_a_run_where_its_model_is_meant(capsys, tiny_model, write_jsonl, tmp_pat
         ["generate", "--prompt", "w1", "--model", run],
         ["plan", "sft", "--model", run],
         [*ppo, "--reward", run],
-        ["judge", "--a", run, "--b", run, "--data", data, "--reward", tiny_model],
+        ["judge", "--a", run, "--b", run, "--data", data, "--reward", "length:target=4"],
     ):
         code, text = told(capsys, *command)
         assert code == 2

@@ -189,7 +189,7 @@ def test_what_is_shown(capsys, tiny_model, write_jsonl):
     assert "read as prompts by rejection, ppo" in out
     assert "rows read: 10; demonstrations used: 9" in out
     assert "1 bad; a run stops at them or, with skip_bad_lines, skips them" in out
-    assert 'd.jsonl:10: missing column "completion"' in out
+    assert 'd.jsonl:10: missing column "completion"' in " ".join(out.split())
     assert re.search(r"tokens, at most 64 +min +median +p95 +max", out)
     assert "<s> w1⟦ w0 <unk> </s>⟧" in out
     assert "\x1b" not in out

@@ -131,6 +131,7 @@ def test_aliases_that_people_write_are_read(tmp_path):
 
 
 # ---- chat templates ------------------------------------------------------------------------------
+EMPTY = ("globals", "attr filter")  # what the sandbox hides is nothing, which prints as nothing
 TEMPLATES = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "globals": "{{ raise_exception.__globals__ }}",
@@ -163,6 +164,9 @@ def test_a_chat_template_runs_in_its_sandbox(tiny_model, tmp_path, what):
     (directory / "chat_template.jinja").write_text(text)
     tokenizer = load_tokenizer(directory)
     messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    if what in EMPTY:
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == ""
+        return
     with pytest.raises(DataError, match=r"chat template") as told:
         encode_prompt(tokenizer, messages[:1])
     assert len(str(told.value)) < 1000

@@ -85,6 +85,7 @@ def definition(
         best, *rest = sorted((totals[j] for j in m), reverse=True)
         weight = sum(len(rows[j]) for j in m)
         alone = {
+            "none": 0.0,
             "monte_carlo": totals[i] - LEVEL,
             "running_mean": totals[i] - BASELINE,
             "grpo": (totals[i] - mean) / (std + GRPO_EPS),

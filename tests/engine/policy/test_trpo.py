@@ -480,7 +480,7 @@ def test_a_step_that_is_not_accepted_leaves_every_bit(make, watched, device):
 
 def test_gradients_that_are_not_finite_change_nothing(make, monkeypatch, device):
     # such rewards are refused otherwise
-    monkeypatch.setattr("fusedrl.engine.rewards.rewards.LARGEST", math.inf)
+    monkeypatch.setattr("fusedrl.engine.rewards.functions.LARGEST", math.inf)
     config = make(
         "reinforce",
         steps=1,

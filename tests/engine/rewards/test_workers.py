@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,9 +109,11 @@ def score(tmp_path):
     """Score texts by functions of the file, in worker processes or here."""
     (tmp_path / "rewards.py").write_text(REWARDS, encoding="utf-8")
 
-    def run(names, texts, workers=2, columns=None, prompts=None, said=None, **options):
+    def run(
+        names, texts, workers=2, columns=None, prompts=None, said=None, seconds=SECONDS, **options
+    ):
         say = None if said is None else said.append
-        pool = Workers(workers, SECONDS, say)
+        pool = Workers(workers, seconds, say)
         specs = [f"{tmp_path / 'rewards.py'}:{name}" for name in names.split()]
         rewards = RewardSet([load_reward(spec, workers=pool) for spec in specs])
         count = len(texts)
@@ -224,6 +227,8 @@ def test_values_are_those_of_this_process(score):
 @pytest.mark.parametrize("names", ["draws", "draws_late", "draws length draws"])
 def test_draws_depend_on_the_key_alone(score, names):
     texts = ["a", "b", "c", "d", "e"]
+    # the first call of a process imports torch
+    score = partial(score, seconds=120)
     one = score(names, texts, workers=1)
     many = score(names, texts, workers=3)
     back = score(names, texts[::-1], workers=2, keys=[(index,) for index in range(4, -1, -1)])

@@ -81,7 +81,7 @@ def _names(directory: str) -> set[str]:
 @pytest.fixture
 def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
     # rewards that overflow are refused otherwise
-    monkeypatch.setattr("fusedrl.engine.rewards.rewards.LARGEST", float("inf"))
+    monkeypatch.setattr("fusedrl.engine.rewards.functions.LARGEST", float("inf"))
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(6)])
 

@@ -291,7 +291,7 @@ def test_throughput(bench, capsys):
         "parameters": 16_544,
         "kv_bytes_per_token": 256,
     }
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "3 prompts x 2 samples (random): 15 tokens in, 24 out" in shown
     assert "of the roofline" in shown
 

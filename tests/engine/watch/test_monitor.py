@@ -681,7 +681,7 @@ def test_which_rollouts_teach_nothing(make):
 def test_greedy_completions_count_among_those_of_their_prompt():
     prompt, completion = Prompt("p", [1], {}), SimpleNamespace(token_ids=[1], finish_reason="stop")
     samples = [
-        Sample(prompt, completion, group, {}, score, greedy, None)
+        Sample(prompt, completion, group, {}, score, score, greedy, greedy, None)
         for group, score, greedy in ((0, 1.0, 1.0), (1, 1.0, 0.0), (2, 0.0, 0.0), (2, 1.0, 1.0))
     ]
     assert _flat(samples, True) == {0}

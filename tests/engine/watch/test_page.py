@@ -62,7 +62,7 @@ def data_of(html: str) -> dict:
 def test_the_page_of_a_run(tmp_path, capsys):
     run, file = write_run(tmp_path / "run"), tmp_path / "page.html"
     assert main(["report", str(run), "--html", str(file)]) == 0
-    assert f"The page is {file}" in " ".join(capsys.readouterr().out.split())
+    assert f"wrote {file}" in " ".join(capsys.readouterr().err.split())
     html = file.read_text(encoding="utf-8")
     found, data = Reader(html), data_of(html)
     assert found.open == []
