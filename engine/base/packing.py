@@ -28,6 +28,7 @@ _PER_TOKEN = (
     "token_ids",
     "positions",
     "action_mask",
+    "loss_mask",
     "rollout_logp",
     "old_logp",
     "old_entropy",
@@ -40,7 +41,7 @@ _PER_TOKEN = (
     "token_rewards",
     "weights_versions",
 )
-_PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
+_PER_SEQUENCE = ("scores", "group_ids", "greedy_scores", "reward_parts")
 
 
 def cost_of(tokens: int) -> int:
@@ -105,14 +106,16 @@ class PackedBatch:
 
     token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence;
     action_mask [N] bool, True where the policy chose the token (the EOS that ended it included).
-    The other columns are optional: float32 [N] log-probabilities, entropies, values, advantages,
-    returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and
-    scores of the same prompt's greedy completion, int64 [B] group_ids, equal for sequences of the
-    same prompt. `rollout_logp` and `rollout_values` come from the sampler, for comparison. Training
-    uses the numbers of the training forward, whose bits the next forward reproduces. `kept` has one
-    row per slot: the ids that the slot's token was drawn from (those that top-k, top-p or min-p
-    left; an empty row: the whole vocabulary). The token is scored over these ids alone. `lengths`
-    are the sequences' lengths on the host.
+    The other columns are optional: bool [N] loss_mask, the actions that the loss is over (None: all
+    of them); float32 [N] log-probabilities, entropies, values, advantages, returns, loss weights
+    and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same
+    prompt's greedy completion, int64 [B] group_ids, equal for sequences of the same prompt, float32
+    [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply). `rollout_logp`
+    and `rollout_values` come from the sampler, for comparison. Training uses the numbers of the
+    training forward, whose bits the next forward reproduces. `kept` has one row per slot:
+    the ids that the slot's token was drawn from (those that top-k, top-p or min-p left; an empty
+    row: the whole vocabulary). The token is scored over these ids alone. `lengths` are the
+    sequences' lengths on the host.
     """
 
     token_ids: Tensor
@@ -120,6 +123,7 @@ class PackedBatch:
     positions: Tensor
     action_mask: Tensor
     lengths: tuple[int, ...]
+    loss_mask: Tensor | None = None
     rollout_logp: Tensor | None = None
     old_logp: Tensor | None = None
     old_entropy: Tensor | None = None
@@ -134,6 +138,7 @@ class PackedBatch:
     scores: Tensor | None = None
     group_ids: Tensor | None = None
     greedy_scores: Tensor | None = None
+    reward_parts: Tensor | None = None
     kept: Kept | None = None
 
     def __post_init__(self) -> None:
@@ -150,9 +155,11 @@ class PackedBatch:
         for names, size in ((_PER_TOKEN, n), (_PER_SEQUENCE, b)):
             for name in names:
                 column = getattr(self, name)
-                if column is not None and column.shape != (size,):
+                more = ("K",) if name == "reward_parts" else ()
+                if column is not None and (len(column) != size or column.ndim != 1 + len(more)):
                     raise ValueError(
-                        f"PackedBatch: expected {name} [{size}], got {list(column.shape)}"
+                        f"PackedBatch: expected {name} [{', '.join((str(size), *more))}], got "
+                        f"{list(column.shape)}"
                     )
 
     # ---- building --------------------------------------------------------------------------------
@@ -350,6 +357,11 @@ class PackedBatch:
     def device(self) -> torch.device:
         """Device of the tensors."""
         return self.token_ids.device
+
+    @property
+    def trained_mask(self) -> Tensor:
+        """[N] bool: the actions that the loss is over."""
+        return self.action_mask if self.loss_mask is None else self.loss_mask
 
     # ---- what a model computes at a slot, and what it says of the next one -----------------------
     def labels(self) -> Tensor:

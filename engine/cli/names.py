@@ -52,6 +52,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "advantage_estimator": ("loss.advantage",),
     "loss_type": ("loss.aggregation", "loss"),
     "scale_rewards": ("loss.advantage",),
+    "multi_objective_aggregation": ("loss.advantage",),
     "pretrain_data": ("ptx.data",),
     "ptx_coef": ("ptx.coef",),
     # batches

@@ -15,8 +15,9 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           gmpo: Zhao et al. (2025); dro: Richemond et al. (2024); reinforce_pp: Hu (2025); remax: Li
           et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Tang et al.
           (2025), Optimizing Language Models for Inference Time Objectives using Reinforcement
-          Learning, without verl's division by the group's standard deviation; distill: Agarwal et
-          al. (2024), GKD, with lambda 1: every completion is the student's own; sequence_ratio: the
+          Learning, without verl's division by the group's standard deviation; gdpo: Liu et al.
+          (2026), Group reward-Decoupled Normalization Policy Optimization; distill: Agarwal et al.
+          (2024), GKD, with lambda 1: every completion is the student's own; sequence_ratio: the
           objective by which courses introduce PPO for language models, without advantages: for
           study.
 Updates   optimizer steps on one rollout are epochs x minibatches; with one step every ratio is
@@ -90,6 +91,7 @@ ADVANTAGES: dict[str, Needs] = {
     "opo": "group",
     "gpg": "group",
     "pass_at_k": "group",
+    "gdpo": "group",
     "remax": "greedy",
 }
 # Built-in objectives: a kind in kernels/objective.py, and its default bounds, which apply if a
@@ -301,6 +303,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         "GRPO with the geometric mean of the ratios", "grpo", "gmpo", _MEAN, minibatches=8
     ),
     "pass_at_k": _group("GRPO for the best of a group", "pass_at_k", "ppo_clip", _MEAN),
+    "gdpo": _group(
+        "GRPO whose rewards are normalised each by itself", "gdpo", "ppo_clip", _MEAN, kl_coef=0.04
+    ),
     "distill": Algorithm(
         "on-policy distillation: the whole distribution of a teacher, on the policy's own samples",
         "none",

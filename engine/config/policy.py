@@ -24,6 +24,8 @@ _AGGREGATIONS = (
     "sequence_mean_token_sum",
     "sequence_sum_norm",
 )
+# objectives whose terms are of single tokens, and 0 where the advantage is
+_OF_TOKENS = ("reinforce", "importance", "ppo_clip", "dual_clip", "dapo", "cispo", "sapo")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class LossConfig:
             target, entropy is rewarded; above it, penalised. A target above log(vocabulary), such
             as their 35, always rewards entropy.
         aggregation: how token losses become one number.
+        top_entropy_quantile: share of a rollout's tokens, those of the highest entropy, that keep
+            their advantage; the others get 0 (Wang et al., 2025, Beyond the 80/20 Rule, who take
+            0.2). 1 keeps all.
+        clip_cov_ratio: share of a rollout's tokens, drawn among those whose covariance of
+            log-probability and advantage is between clip_cov_low and clip_cov_high, that get the
+            advantage 0 (Cui et al., 2025, The Entropy Mechanism, Clip-Cov, who take 0.0002). 0 is
+            off.
+        clip_cov_low: covariance above which tokens may be drawn.
+        clip_cov_high: covariance below which they may be.
     """
 
     advantage: str | None = None
@@ -87,6 +98,10 @@ class LossConfig:
     aggregation: Literal[
         "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm"
     ] = OF_ALGORITHM
+    top_entropy_quantile: float = 1.0
+    clip_cov_ratio: float = 0.0
+    clip_cov_low: float = 1.0
+    clip_cov_high: float = 5.0
 
     def __post_init__(self) -> None:
         check(
@@ -113,7 +128,20 @@ class LossConfig:
                 self.aggregation in (None, *_AGGREGATIONS),
                 f"one of {', '.join(_AGGREGATIONS)}",
             ),
+            ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
+            ("clip_cov_ratio", 0 <= self.clip_cov_ratio < 1, "in [0, 1)"),
+            (
+                "clip_cov_low",
+                self.clip_cov_low < self.clip_cov_high,
+                "below loss.clip_cov_high",
+                (self.clip_cov_low, self.clip_cov_high),
+            ),
         )
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether some tokens of a rollout lose their advantage."""
+        return self.top_entropy_quantile < 1 or self.clip_cov_ratio > 0
 
     def filled(self, row: Algorithm) -> LossConfig:
         """Return these options, with the values of the algorithm and of its objective for those
@@ -162,6 +190,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         overlong_buffer: number of tokens before max_new_tokens over which overlong_penalty rises
             from 0 to its full value; 0 is off.
         overlong_penalty: subtracted from the score of a completion that has max_new_tokens tokens.
+        mask_truncated_completions: leave completions that were cut off out of the loss (Yu et al.,
+            2025, DAPO, overlong filtering). Their rewards still count in their group's mean.
         refill_tries: dynamic sampling: how often, at most, groups whose rewards are all equal are
             replaced by groups of other prompts; 0 keeps them. Compared are the rewards alone,
             before penalties for length or a missing end.
@@ -196,6 +226,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
     score_clip: float | None = OF_ALGORITHM
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
+    mask_truncated_completions: bool = False
     refill_tries: int = OF_ALGORITHM
     max_logp_diff: float = 0.05
     strict: bool = False
@@ -356,7 +387,16 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 "without one the tokens of another policy count as this one's own",
                 self.objective,
             ),
+            (
+                "loss.objective",
+                not self.loss.chooses_tokens or self.objective in _OF_TOKENS,
+                f"one of {', '.join(_OF_TOKENS)} with loss.top_entropy_quantile and "
+                "loss.clip_cov_ratio: the terms of others are not of single tokens",
+                self.objective,
+            ),
         )
+        if self.advantage == "gdpo":
+            self._check_parts()
         if self.objective != "trpo":
             return
         check(
@@ -381,6 +421,28 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 "kl.estimator",
                 self.kl.coef == 0 or self.kl.estimator != "full",
                 "k1, k2, k3 or abs with the objective trpo",
+            ),
+        )
+
+    def _check_parts(self) -> None:
+        """Check options that act on the sum of all rewards, which gdpo does not use."""
+        placed = self.kl.coef > 0 and self.kl.placement == "reward"
+        found = {
+            "scale_scores": self.scale_scores,
+            "normalize_scores": self.normalize_scores,
+            "score_clip": bool(self.score_clip),
+            "kl.placement reward": placed,
+        }
+        acting = [name for name, acts in found.items() if acts]
+        check(
+            self,
+            "",
+            (
+                "loss.advantage",
+                not acting,
+                f"another one than gdpo with {', '.join(acting)}, which acts on the sum of all "
+                "rewards: gdpo normalises each reward by itself",
+                self.advantage,
             ),
         )
 

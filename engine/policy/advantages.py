@@ -27,6 +27,7 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES, Needs, resolve
+from fusedrl.engine.policy.chance import beyond_chance
 from fusedrl.kernels.gae import (
     ShapedGAE,
     discounted_returns,
@@ -56,6 +57,7 @@ class Signals:
         future_kl_coef: coefficient of the KL of the tokens to come, which `estimate` subtracts.
         score_clip: scores are clipped to +-score_clip.
         baseline: mean of all returns of earlier steps.
+        reward_weights: weight of each of `batch.reward_parts`; None: 1 each.
         level: mean return of the first rollout. `settled` computes baseline and level for the first
             rollout itself, so that a constant added to all rewards changes no advantage. If rewards
             have moved since then, `settled` corrects both; they are then tensors [B].
@@ -70,6 +72,7 @@ class Signals:
     score_clip: float | None = None
     baseline: float | Tensor = 0.0
     level: float | Tensor = 0.0
+    reward_weights: tuple[float, ...] | None = None
 
     @classmethod
     def of(
@@ -93,6 +96,7 @@ class Signals:
             config.score_clip or None,
             baseline,
             level,
+            (*(config.reward_weights or (1.0,) * len(config.reward)), 1.0),  # 1: of penalties
         )
 
     def settled(self, first: bool = True) -> tuple[Signals, float]:
@@ -265,57 +269,6 @@ class Signals:
         )
         reduced_B = torch.segment_reduce(x_B.double()[order], reduce, lengths=counts)[inverse]
         return torch.empty_like(reduced_B).scatter(0, order, reduced_B)
-
-
-def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
-    """Shrink the mean c of x over prompts to the part that chance does not explain:
-
-        (1 - s^2 / c^2) c, or 0 where that is negative
-
-    Return this number, and a tensor [B] that holds for each completion the same number computed
-    without its own prompt. A single outlier makes c and s equally large, so it gives 0.
-
-    s^2 estimates the variance of c from the spread of the n prompts' means, times the variance of
-    Student's t with n - 1 degrees of freedom, (n - 1) / (n - 3). With three prompts or fewer the
-    result is 0. Source: James and Stein (1961), Estimation with quadratic loss; the positive part.
-
-    Args:
-        x_B: numbers to average, float64.
-        prompts_B: prompt id of each completion; completions of one prompt are not independent.
-        answered_B: which completions count.
-    """
-    others_B = torch.zeros_like(x_B)
-    if not answered_B.any():
-        return 0.0, others_B
-    order = torch.sort(prompts_B, stable=True).indices
-    _, group, sizes = torch.unique_consecutive(
-        prompts_B[order], return_inverse=True, return_counts=True
-    )
-    counted = answered_B[order].double()
-    sums_G, counts_G = (
-        torch.segment_reduce(y, "sum", lengths=sizes)
-        for y in (torch.where(answered_B, x_B, 0.0)[order], counted)
-    )
-    there_G = counts_G > 0
-    mean_G = torch.where(there_G, sums_G / counts_G.clamp(min=1), 0.0)
-    n, middle = there_G.sum(), mean_G.sum() / there_G.sum()
-    off_G = torch.where(there_G, mean_G - middle, 0.0)
-    total, square = off_G.sum(), off_G.square().sum()
-    found_G = _shrunk(n - there_G.long(), total - off_G, square - off_G.square(), middle)
-    others_B[order] = found_G[group]
-    return _shrunk(n, total, square, middle).item(), others_B
-
-
-def _shrunk(n: Tensor, total: Tensor, square: Tensor, middle: Tensor) -> Tensor:
-    """Compute `beyond_chance` of n numbers from the sum and the sum of squares of their differences
-    from `middle`."""
-    n_safe = n.clamp(min=1)
-    mean_off = total / n_safe
-    c = middle + mean_off
-    variance = (square / n_safe - mean_off.square()).clamp(min=0) / (n - 3).clamp(min=1)
-    return torch.where(
-        (n > 3) & (c.square() > variance), c - variance / torch.where(c == 0, 1.0, c), 0.0
-    )
 
 
 AdvantageFunction = Callable[[Signals], Tensor | tuple[Tensor, Tensor]]
@@ -577,3 +530,39 @@ def _pass_at_k(x: Signals) -> Tensor:
     paired = torch.cat([ids[1:] == ids[:-1], ids.new_zeros(min(1, len(ids)), dtype=torch.bool)])
     lead = torch.where(first & paired, totals - torch.roll(totals, -1), 0.0)
     return x.per_token(torch.zeros_like(lead).scatter(0, order, lead))
+
+
+@_built_in("gdpo")
+def _gdpo(x: Signals) -> Tensor:
+    """Return S / (std + eps) over the completions of the step, where
+
+        S = sum_k weight_k (r_k - mean_k) / (std_k + eps)
+
+    with the mean and the standard deviation of reward k over the completions of the group that it
+    applies to (Liu et al., 2026, GDPO). Penalties for length and for a missing end count as one
+    more reward of weight 1. All standard deviations have Bessel's correction. The mean of S is 0
+    in every group, so the paper's subtraction of it over the step is left out. A batch without
+    reward_parts has one reward, R.
+    """
+    parts_BK, weights = x.batch.reward_parts, x.reward_weights
+    if parts_BK is None:
+        parts_BK, weights = x.totals[:, None], None
+    sums_B = torch.zeros_like(x.totals, dtype=torch.float64)
+    weights = weights or (1.0,) * parts_BK.shape[1]
+    for weight, part_B in zip(weights, parts_BK.double().T, strict=True):
+        sums_B += weight * _standardised(x, part_B)
+    spread = sums_B.std() if len(sums_B) > 1 else 0.0
+    return x.per_token((sums_B / (spread + GRPO_EPS)).to(x.totals.dtype))
+
+
+def _standardised(x: Signals, part_B: Tensor) -> Tensor:
+    """Return [B] a reward less the group's mean, divided by its standard deviation plus eps. It is
+    exactly 0 where the reward does not apply (NaN), or is the same in the whole group."""
+    there_B = ~part_B.isnan()
+    count_B = x.per_group(there_B, "sum").clamp(min=1)
+    lowest_B = x.per_group(torch.where(there_B, part_B, math.inf), "min")
+    # counted from the lowest one, so that equal rewards are exactly 0
+    part_B = torch.where(there_B, part_B - lowest_B, 0.0)
+    off_B = torch.where(there_B, part_B - x.per_group(part_B, "sum") / count_B, 0.0)
+    variance_B = x.per_group(off_B.square(), "sum") / (count_B - 1).clamp(min=1)
+    return off_B / (variance_B.sqrt() + GRPO_EPS)

@@ -27,7 +27,7 @@ def measure(
     Args:
         scored_N: bool [N], tokens whose old_logp and old_entropy the trainer computed; None: all.
             The old_logp of the remaining tokens is the sampler's; the KL includes these tokens,
-            too.
+            too. Without any such token there are no metrics of single tokens.
 
     Raises:
         IndexError: a kernel was given ids outside the vocabulary.
@@ -36,10 +36,36 @@ def measure(
     # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look
     # like disagreement
     raise_faults(batch.device)
-    old_N, mask_N = batch.column("old_logp"), batch.action_mask
+    mask_N = batch.action_mask
     if scored_N is not None:
         mask_N = mask_N & scored_N
-    old, rolled = (x[mask_N].double() for x in (old_N, batch.column("rollout_logp")))
+    found = {"step_tokens": float(batch.num_tokens)}
+    if mask_N.any():
+        found |= _of_tokens(batch.with_columns(action_mask=mask_N), config)
+    if config.score_clip:
+        found["score_clip_fraction"] = (
+            (batch.column("scores").abs() > config.score_clip).double().mean().item()
+        )
+    if batch.values is not None and batch.rollout_values is not None and mask_N.any():
+        found["sampling/value_diff_max"] = (
+            (batch.values - batch.rollout_values)[mask_N].abs().max().item()
+        )
+    if batch.ref_logp is not None:
+        found |= _distance(batch, kl_coef, config)
+    if batch.values is not None:
+        found["val/explained_variance"] = _explained_variance(
+            *(batch.column(name)[mask_N].double() for name in ("values", "returns"))
+        )
+    return found
+
+
+def _of_tokens(batch: PackedBatch, config: PolicyConfig) -> dict[str, float]:
+    """Measure entropy, and the differences between sampler and trainer, over the actions. Raise
+    RuntimeError if sampler and trainer disagree."""
+    mask_N = batch.action_mask
+    old, rolled = (
+        x[mask_N].double() for x in (batch.column("old_logp"), batch.column("rollout_logp"))
+    )
     difference = (rolled - old).abs()
     ratio = (old - rolled).exp()
     mean, worst = difference.mean().item(), difference.max().item()
@@ -51,29 +77,13 @@ def measure(
             "bfloat16. Every ratio would be wrong, so the "
             "run stops; train in float32, or raise max_logp_diff if you mean it"
         )
-    found = {
+    return {
         "entropy": batch.column("old_entropy")[mask_N].double().mean().item(),
         "perplexity": math.exp(min(80.0, -old.mean().item())),
         "sampling/sampling_logp_difference/mean": mean,
         "sampling/sampling_logp_difference/max": worst,
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
-        "step_tokens": float(batch.num_tokens),
-    } | correction_metrics(config.correction, batch.with_columns(action_mask=mask_N))
-    if config.score_clip:
-        found["score_clip_fraction"] = (
-            (batch.column("scores").abs() > config.score_clip).double().mean().item()
-        )
-    if batch.values is not None and batch.rollout_values is not None:
-        found["sampling/value_diff_max"] = (
-            (batch.values - batch.rollout_values)[mask_N].abs().max().item()
-        )
-    if batch.ref_logp is not None:
-        found |= _distance(batch, kl_coef, config)
-    if batch.values is not None:
-        found["val/explained_variance"] = _explained_variance(
-            *(batch.column(name)[mask_N].double() for name in ("values", "returns"))
-        )
-    return found
+    } | correction_metrics(config.correction, batch)
 
 
 def _distance(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:

@@ -47,10 +47,10 @@ class MicroLoss(NamedTuple):
 
     def of_tokens(self) -> Tensor:
         """Return [3, N]: log-probabilities, entropies, and log ratios to the policy before the
-        update. The log ratios are 0 where there is no action."""
+        update. The log ratios are 0 where nothing is trained."""
         ratio = self.logp.detach() - self.batch.column("old_logp")
         return torch.stack(
-            [self.logp, self.entropy, torch.where(self.batch.action_mask, ratio, 0.0)]
+            [self.logp, self.entropy, torch.where(self.batch.trained_mask, ratio, 0.0)]
         )
 
 

@@ -229,12 +229,12 @@ def correction_metrics(config: CorrectionConfig, batch: PackedBatch) -> dict[str
 
 
 def minibatch_weights(config: PolicyConfig, batch: PackedBatch) -> Tensor:
-    """Return [N] weights of one optimizer step's tokens. Weights of the whole step make the loss
-    independent of how it is split into micro-batches."""
+    """Return [N] weights of one optimizer step's tokens; 0 where the loss_mask leaves them out.
+    Weights of the whole step make the loss independent of how it is split into micro-batches."""
     aggregation = config.loss.aggregation
     longest = config.generation.max_new_tokens if aggregation == "sequence_sum_norm" else None
     return token_weights(
-        batch.action_mask, aggregation, cu_seqlens=batch.cu_seqlens, max_length=longest
+        batch.trained_mask, aggregation, cu_seqlens=batch.cu_seqlens, max_length=longest
     )
 
 
@@ -252,13 +252,15 @@ def leaves_out(config: PolicyConfig) -> bool:
 
 def without_gradient(config: PolicyConfig, batch: PackedBatch) -> set[int]:
     """Return the indices of the completions that add nothing to the gradient of an update, because
-    all of their advantages are exactly 0 (as in groups of equal rewards). The set is empty if the
-    batch has no advantages, if a critic on the policy's trunk learns from it, or if other terms of
-    the loss have a gradient (`leaves_out`)."""
+    the loss leaves them out (loss_mask) or all of their advantages are exactly 0 (as in groups of
+    equal rewards). Advantages of 0 do not matter if the batch has none yet, if a critic on the
+    policy's trunk learns from it, or if other terms of the loss have a gradient (`leaves_out`)."""
     shared_critic = batch.returns is not None and config.own_critic is None
-    if batch.advantages is None or shared_critic or not leaves_out(config):
+    moved_N = batch.trained_mask
+    if batch.advantages is not None and not shared_critic and leaves_out(config):
+        moved_N = moved_N & (batch.advantages != 0)
+    elif batch.loss_mask is None:
         return set()
-    moved_N = batch.action_mask & (batch.advantages != 0)
     moved_B = batch.counts_before(moved_N)[batch.cu_seqlens.long()].diff()
     return {b for b, count in enumerate(moved_B.tolist()) if not count}
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.completion import Completion
@@ -84,9 +85,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's experience. `batch` has the columns rollout_logp, weights_versions, scores and
-    group_ids, and greedy_scores if requested. `metrics` describe the completions and their
-    rewards."""
+    """One step's experience. `batch` has the columns rollout_logp, weights_versions, scores,
+    group_ids and reward_parts, and greedy_scores if requested. `metrics` describe the completions
+    and their rewards."""
 
     batch: PackedBatch
     prompts: list[Prompt]
@@ -104,6 +105,13 @@ class Rollout:
                 strict=True,
             )
         ]
+
+    def whole(self) -> Tensor:
+        """Return [N] bool: the actions of completions that were not cut off."""
+        lengths = torch.tensor(self.batch.lengths)
+        ended_B = torch.tensor([one.finish_reason == "stop" for one in self.completions])
+        ended_N = torch.repeat_interleave(ended_B, lengths)
+        return self.batch.action_mask & ended_N.to(self.batch.device)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the length and the score of every completion, for histograms."""
@@ -167,6 +175,12 @@ class Sample:
     greedy_reward: float
     greedy_score: float
     tokens: list[float] | None
+
+    @property
+    def parts(self) -> list[float]:
+        """Rewards, NaN where one does not apply, and the penalties, which are negative."""
+        values = [math.nan if value is None else value for value in self.rewards.values()]
+        return [*values, self.score - self.reward]
 
     @property
     def valid(self) -> bool:
@@ -240,6 +254,7 @@ def rollout(
     batch = batch.with_columns(
         scores=scores.to(batch.device),
         group_ids=torch.tensor([s.group for s in kept]).to(batch.device),
+        reward_parts=torch.tensor([s.parts for s in kept], dtype=torch.float32).to(batch.device),
     )
     if any(s.tokens is not None for s in kept):
         batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))

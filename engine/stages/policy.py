@@ -43,7 +43,12 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
-from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
+from fusedrl.engine.policy.advantages import (
+    Signals,
+    estimate,
+    find_advantage,
+)
+from fusedrl.engine.policy.chosen import of_chosen_tokens
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of, update_critic
 from fusedrl.engine.policy.metrics import Meter, measure
@@ -130,7 +135,10 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
                     greedy=needs == "greedy",
                     gold=parts.gold,
                 )
-            batch, totals, cuts = _judged(config, parts, experience.batch, step, run)
+            batch = experience.batch
+            if config.mask_truncated_completions:
+                batch = batch.with_columns(loss_mask=experience.whole())
+            batch, totals, cuts = _judged(config, parts, batch, step, run)
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
                 found = _trained(config, parts, batch, cuts, step, ptx, meter := Meter())
                 metrics = experience.metrics | found
@@ -220,6 +228,7 @@ def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
         or (config.epochs * config.minibatches > 1 and not config.correction.bypass)
         or config.replay is not None
         or config.loss.entropy_target is not None
+        or config.loss.chooses_tokens
     )
 
 
@@ -303,6 +312,8 @@ def _judged(
     if totals is None:
         with run.time("advantage"):
             batch, totals = _estimated(config, parts, batch)
+    if config.loss.chooses_tokens:
+        batch = of_chosen_tokens(config, batch, step)
     return batch, totals, cuts
 
 
@@ -345,7 +356,8 @@ def _estimated(
     signals = settle(signals, control, parts.head)
     if parts.own_critic is None and parts.head is not None:
         parts.actor.mark_updated()
-    return estimate(config, signals), signals.totals
+    batch = estimate(config, signals).with_columns(reward_parts=None)  # replay has no use for them
+    return batch, signals.totals
 
 
 def _trained(
@@ -498,7 +510,7 @@ def update(
                     ptx.backward(actor, done, one)
             if last:
                 slots = batch.slots([b for group in moving for b in group])
-                meter.add_ratios(seen[2, slots][batch.action_mask[slots]])
+                meter.add_ratios(seen[2, slots][batch.trained_mask[slots]])
             meter.grad_norms.append(one.grad_norm)
             done += 1
     # the next phase needs the memory: keep only weights, optimizer state and cache
@@ -526,6 +538,7 @@ def _measured(
     correction.bypass a rollout has several minibatches."""
     scored_N = torch.zeros(batch.num_tokens, dtype=torch.bool, device=batch.device)
     scored_N[batch.slots([b for group in trained for b in group])] = True
+    scored_N &= batch.trained_mask
     members = sorted(b for group in minibatch for b in group)
     first = batch.with_columns(
         old_logp=torch.where(scored_N, seen_2N[0], batch.column("rollout_logp")),

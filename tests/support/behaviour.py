@@ -88,6 +88,7 @@ ROWS = (
     "sapo",
     "gmpo",
     "pass_at_k",
+    "gdpo",
     "dro",
     "sequence_ratio",
 )
@@ -115,6 +116,10 @@ POLICY_OPTIONS = {
     "kl_in_loss": ["--kl.placement", "loss", "--kl.coef", "0.1"],
     "kl_target": ["--kl.coef", "0.1", "--kl.target", "2"],
     "normalized": ["--normalize_scores", "true"],
+    "chosen": [
+        *("--loss.top_entropy_quantile", "0.5"),
+        *("--loss.clip_cov_ratio", "0.1", "--loss.clip_cov_low", "-5"),
+    ],
 }
 CLOCKED = ("timing/", "mem/", "tokens_per_s")  # metrics of the machine rather than of the run
 REWARDS = """

@@ -10,6 +10,7 @@ the batch of all completions (or of all groups), each weighted by its probabilit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -223,3 +224,12 @@ def bias(found: Tensor, right: Tensor) -> float:
     is across."""
     factor = (found * right).sum() / (found * found).sum()
     return error(factor * found, right)
+
+
+def deviation(x: list[float]) -> float:
+    mean = sum(x) / len(x)
+    return math.sqrt(sum((y - mean) ** 2 for y in x) / max(1, len(x) - 1))
+
+
+def standardised(x: list[float]) -> list[float]:
+    return [(y - sum(x) / len(x)) / (deviation(x) + 1e-4) for y in x]

@@ -1,5 +1,6 @@
 """Every advantage against its definition, written out in float64 one completion at a time: groups
-of unequal size, masks with gaps, one sample, no rows."""
+of unequal size, masks with gaps, one sample, no rows.
+One file: definitions and properties share their batches."""
 
 import itertools
 import math
@@ -10,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from tests.engine.policy.enumeration import deviation, standardised
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
@@ -83,6 +85,8 @@ def definition(
         std = math.sqrt(sum((totals[j] - mean) ** 2 for j in m) / max(1, len(m) - 1))
         others = [totals[j] for j in m if j != i]
         best, *rest = sorted((totals[j] for j in m), reverse=True)
+        standard = [standardised([totals[j] for j in ids]) for ids in members.values()]
+        of_step = [x for part in standard for x in part]
         weight = sum(len(rows[j]) for j in m)
         alone = {
             "none": 0.0,
@@ -96,6 +100,8 @@ def definition(
             * len(rows)
             / max(1, sum(g not in degenerate for g in groups)),
             "pass_at_k": best - rest[0] if rest and totals[i] == best else 0.0,
+            "gdpo": standardised([totals[j] for j in m])[m.index(i)]
+            / (deviation(of_step) + GRPO_EPS),
         }
         each = {
             "gae": [

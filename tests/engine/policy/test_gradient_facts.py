@@ -160,6 +160,7 @@ FACTOR = {
     "grpo": None,
     "opo": None,
     "pass_at_k": None,
+    "gdpo": None,
 }
 BIAS = {("grpo", 2): 0.1351, ("grpo", 3): 0.1626, ("opo", 2): 0.0347, ("opo", 3): 0.0211}
 
@@ -173,8 +174,10 @@ def test_groups(advantage, G, device):
     - 1) / G, leaving it out does not; gpg's own factor belongs to the batch. A standard deviation
     bends it, and so does a mean weighted by lengths that are drawn with the scores."""
     tree = Tree(T=2, device=device)
-    true = tree.gradient(tree.objective())
-    found = tree.expected(config_of(tree, advantage, samples=G), group=G)
+    # gdpo takes no KL in the reward
+    kl = KLConfig(coef=0.0) if advantage == "gdpo" else None
+    true = tree.gradient(tree.objective() if kl is None else tree.objective(beta=0.0))
+    found = tree.expected(config_of(tree, advantage, kl=kl, samples=G), group=G)
     if advantage == "pass_at_k":
         free = config_of(tree, advantage, kl=KLConfig(coef=0.0), samples=G)
         chance = tree.of_completions(tree.logp()).exp()
@@ -186,6 +189,9 @@ def test_groups(advantage, G, device):
             "the gradient of the expected best of G, by G"
         )
         assert bias(found, true) > 0.2, "and not that of the mean"
+    elif advantage == "gdpo":  # of one reward and one group, divided twice
+        grpo = tree.expected(config_of(tree, "grpo", kl=kl, samples=G), group=G)
+        assert bias(found, grpo) < 0.02
     elif advantage == "gpg":
         assert bias(found, true) < 1e-6
     elif FACTOR[advantage] is not None:
@@ -423,7 +429,8 @@ def scores_of(device, found, expected, seed=1):
     )
 
 
-@pytest.mark.parametrize("advantage", [name for name in ADVANTAGES if name != "none"])
+# none has no gradient; gdpo divides by the deviation of the whole step
+@pytest.mark.parametrize("advantage", [name for name in ADVANTAGES if name not in ("none", "gdpo")])
 def test_the_mean_of_samples_is_the_enumerated_gradient(advantage, device):
     tree, exact = Tree(T=2, dtype=torch.float32, device=device), Tree(T=2, device=device)
     G = 2 if ADVANTAGES[advantage] == "group" else 1
@@ -482,21 +489,22 @@ def test_every_row_descends(device):
     for name in ALGORITHMS:
         if name == "distill":  # whose loss is the KL alone: test_distill.py
             continue
+        beta = 0.0 if name == "gdpo" else tree.beta  # which takes no KL in the reward
         config = PolicyConfig(
             "m",
             "d",
             ("r.py:f",),
             name,
-            kl=KLConfig(coef=tree.beta, placement="reward"),
+            kl=KLConfig(coef=beta, placement="reward"),
             generation=GenerationConfig(max_new_tokens=2),
         )
         critic = true.true_values(true.beta).float()
         rows = draws(tree, 2048, torch.Generator().manual_seed(2))
         batch, states, tokens = tree.batch(rows, config.samples_per_prompt, critic=critic)
-        batch = estimate(config, Signals.of(config, batch, tree.beta, 0.0))
+        batch = estimate(config, Signals.of(config, batch, beta, 0.0))
         batch = batch.with_columns(weights=minibatch_weights(config, batch), returns=None)
         found = -tree.gradient(tree.loss(config, batch, states, tokens))
-        goal = true.gradient(true.objective())
+        goal = true.gradient(true.objective() if beta else true.objective(beta=0.0))
         cosine = (found.double() * goal).sum() / (found.double().norm() * goal.norm())
         assert cosine > (0.5 if name == "pass_at_k" else 0.8), (name, cosine.item())
 

@@ -257,8 +257,8 @@ class Terminal:
         comes between the prompt and its wait for a line before the next key."""
         for _ in range(tries):
             self.type("\x03")
-            last = time.monotonic() + 2
-            self.wait_until(lambda said: text in said or time.monotonic() > last)
+            pause = time.monotonic() + 2
+            self.wait_until(lambda said, pause=pause: text in said or time.monotonic() > pause)
             if text in self.said:
                 break
         self.wait_for(text)
