@@ -236,6 +236,8 @@ STAGES_ELSEWHERE = {
     "drgrpo": "dr_grpo",
     "ipo": "dpo",
     "cdpo": "dpo",
+    "simpo": "dpo",
+    "orpo": "dpo",
     "finetune": "sft",
 }
 

@@ -1,5 +1,5 @@
-"""Losses of preference pairs against a reference: DPO and its relatives, in a table. The functions
-take log-probabilities; none of them needs a model.
+"""Losses of preference pairs: DPO and its relatives, in a table. The functions take
+log-probabilities; none of them needs a model.
 
     h = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l))
     u = beta h - margin; for the pair with its answers swapped, -beta h - margin
@@ -7,6 +7,7 @@ take log-probabilities; none of them needs a model.
 
     w, l: the chosen and the rejected answer; log-probabilities are sums over their tokens, and by
        means those sums divided by the answer's number of tokens, each of w and of l
+    m: by means and without a reference; log odds = log(e^m / (1 - e^m))
     q: the weight that the label gives to w being the better answer
 
     name      term(u)                  q of label p, smoothing e   minimum of one pair, no margin
@@ -17,6 +18,11 @@ take log-probabilities; none of them needs a model.
     ipo       ((u - 1/2) / beta)^2     p                           h = (2 p - 1) / (2 beta)
     ipo_mean  as ipo, of h by means    p                           as ipo, of h by means
     hinge     max(0, 1 - u)            p                           p = 1: any beta h >= 1
+    simpo     as sigmoid, of           p                           none: nothing holds the policy
+              h = m(w) - m(l)
+    orpo      -beta log sigmoid(u      p                           none; the likelihood term, of
+              / beta), of h = log                                  weight 1, takes the place of
+              odds(w) - log odds(l)                                the reference
 
 Suppose labels p = sigmoid(r_w - r_l) for all pairs, with equal weights. Then the minimum of sigmoid
 is the policy ref exp(r / beta) / Z, which also maximises the KL-regularised reward; the minimum of
@@ -27,12 +33,14 @@ Sources   sigmoid: Rafailov et al. (2023), eq. 7; smoothed: Mitchell (2023), "A 
           sums over tokens; ipo_mean: TRL's ipo, which divides by lengths; hinge: RSO (Liu et
           al., 2023), after SLiC (Zhao et al., 2023), which has no reference; margins: ODPO (Amini
           et al., 2024); the likelihood term, a mean over an answer's tokens: Pang et al. (2024).
+          simpo: Meng et al. (2024), eq. 6, whose gamma is the margin; orpo: Hong et al. (2024),
+          eqs. 6 and 7, whose lambda is beta.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +48,22 @@ from torch import Tensor
 
 from fusedrl.engine.base.packing import PackedBatch
 
+Of = Literal["ratio", "mean_ratio", "mean", "odds"]
+
 
 class PreferenceLoss(NamedTuple):
-    """Loss from the table above: its functions term(u, beta) and q(p, smoothing), and whether it
-    is of `mean_h` instead of `h`."""
+    """Loss from the table above: its functions term(u, beta) and q(p, smoothing), and the number
+    of an answer that its h compares: the log-ratio, that per token, the log-probability per token,
+    or the log odds of the last."""
 
     term: Callable[[Tensor, float], Tensor]
     label: Callable[[Tensor, float], Tensor]
-    by_means: bool = False
+    of: Of = "ratio"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.of in ("ratio", "mean_ratio")
 
 
 def _log_sigmoid(u: Tensor, beta: float) -> Tensor:
@@ -62,6 +78,10 @@ def _hinge(u: Tensor, beta: float) -> Tensor:
     return F.relu(1 - u)
 
 
+def _odds_ratio(u: Tensor, beta: float) -> Tensor:
+    return beta * F.softplus(-u / beta)
+
+
 def _as_it_is(p: Tensor, smoothing: float) -> Tensor:
     return p
 
@@ -70,8 +90,10 @@ PREFERENCE_LOSSES = {
     "sigmoid": PreferenceLoss(_log_sigmoid, lambda p, e: p * (1 - e) + (1 - p) * e),
     "robust": PreferenceLoss(_log_sigmoid, lambda p, e: (p - e) / (1 - 2 * e)),
     "ipo": PreferenceLoss(_square, _as_it_is),
-    "ipo_mean": PreferenceLoss(_square, _as_it_is, by_means=True),
+    "ipo_mean": PreferenceLoss(_square, _as_it_is, "mean_ratio"),
     "hinge": PreferenceLoss(_hinge, _as_it_is),
+    "simpo": PreferenceLoss(_log_sigmoid, _as_it_is, "mean"),
+    "orpo": PreferenceLoss(_odds_ratio, _as_it_is, "odds"),
 }
 
 
@@ -88,8 +110,8 @@ def preference_loss(
     this file.
 
     Args:
-        h_P: log-ratio of the chosen answer minus that of the rejected answer, in nats (of
-            ipo_mean: of each answer's mean per token).
+        h_P: number of the chosen answer minus that of the rejected answer (`PairScores.h_of`), in
+            nats.
         label_P: the probability that the chosen answer is the better one.
         margin_P: the margin that beta h should exceed; if None, 0.
     """
@@ -118,13 +140,36 @@ class PairScores(NamedTuple):
     @property
     def mean_h(self) -> Tensor:
         """Mean log-ratio per token [P] of the chosen answer minus that of the rejected answer."""
-        chosen, rejected = self.chosen_tokens, self.rejected_tokens
-        return self.chosen_ratio / chosen - self.rejected_ratio / rejected
+        return self.h_of("mean_ratio")
+
+    def h_of(self, of: Of) -> Tensor:
+        """Number of the chosen answer minus that of the rejected answer [P]."""
+        chosen, rejected = self.of_answers(of)
+        return chosen - rejected
+
+    def of_answers(self, of: Of) -> tuple[Tensor, Tensor]:
+        """Return that number of the chosen and of the rejected answers, [P] each. The odds of an
+        answer whose tokens are all certain are cut off at 1e9, without gradient beyond."""
+        if of == "ratio":
+            return self.chosen_ratio, self.rejected_ratio
+        chosen, rejected = (
+            (self.chosen_ratio, self.rejected_ratio)
+            if of == "mean_ratio"
+            else (self.chosen_logp, self.rejected_logp)
+        )
+        chosen, rejected = chosen / self.chosen_tokens, rejected / self.rejected_tokens
+        return (_log_odds(chosen), _log_odds(rejected)) if of == "odds" else (chosen, rejected)
+
+
+def _log_odds(mean_logp: Tensor) -> Tensor:
+    m = mean_logp.clamp(max=-1e-9)
+    return m - torch.log(-torch.expm1(m))
 
 
 def pair_scores(batch: PackedBatch, logp_N: Tensor) -> PairScores:
-    """Score a batch of pairs: sequences are chosen and rejected answers alternately, and the column
-    ref_logp is filled. The scores are differentiable in logp_N.
+    """Score a batch of pairs: sequences are chosen and rejected answers alternately. The scores are
+    differentiable in logp_N. Without the column ref_logp, ratios are the log-probabilities
+    themselves.
 
     Log-ratios are taken token by token and then summed in float64. If policy and reference give the
     same log-probabilities bit for bit, the ratios are exactly 0.
@@ -138,9 +183,8 @@ def pair_scores(batch: PackedBatch, logp_N: Tensor) -> PairScores:
         )
         return of_B[0::2], of_B[1::2]
 
-    return PairScores(
-        *sums(logp_N), *sums(logp_N - batch.column("ref_logp")), *sums(torch.ones_like(logp_N))
-    )
+    ratio_N = logp_N if batch.ref_logp is None else logp_N - batch.ref_logp
+    return PairScores(*sums(logp_N), *sums(ratio_N), *sums(torch.ones_like(logp_N)))
 
 
 def pair_loss(
@@ -155,7 +199,7 @@ def pair_loss(
 ) -> Tensor:
     """Return the losses [P]: `preference_loss` plus nll_coef times the better answer's mean
     negative log-probability per token. A soft label averages that term over both answers."""
-    h_P = scores.mean_h if PREFERENCE_LOSSES[name].by_means else scores.h
+    h_P = scores.h_of(PREFERENCE_LOSSES[name].of)
     loss_P = preference_loss(
         name, h_P, label_P, margin_P, beta=beta, label_smoothing=label_smoothing
     )

@@ -1,7 +1,7 @@
 """Direct preference optimisation (DPO): train a policy on pairs, without sampling and without a
 reward model. The losses are in preference/losses.py.
 
-The reference scores each step's pairs in the micro-batches of training, in the same precision. So
+A reference scores each step's pairs in the micro-batches of training, in the same precision. So
 before the first update its log-probabilities equal the policy's bit for bit, h is exactly 0 and the
 sigmoid loss exactly log 2. There is no dropout. A micro-batch holds both sides of its pairs; the
 split of a step into micro-batches does not change its gradient.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.draws import seed_generators
@@ -26,7 +27,7 @@ from fusedrl.engine.data.readers import Source
 from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
-from fusedrl.engine.preference.losses import PairScores, pair_loss, pair_scores
+from fusedrl.engine.preference.losses import Of, PairScores, pair_loss, pair_scores
 from fusedrl.engine.preference.pairs import (
     TokenPair,
     column_of,
@@ -76,7 +77,7 @@ def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    reference = load_reference(config, actor)
+    reference = load_reference(config, actor) if config.needs_reference else None
     learner = Learner(actor, config.optim, ranks=ranks)
     with Run(config, None, ranks) as run:
         trunk = actor.decoder.config
@@ -100,12 +101,13 @@ def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
             batch, cuts = pack_pairs(
                 pairs, config.tokens_per_microbatch, actor.decoder.device, ranks.lanes
             )
-            with run.time("reference"):
-                batch = with_reference(reference, batch, cuts)
+            if reference is not None:
+                with run.time("reference"):
+                    batch = with_reference(reference, batch, cuts)
             with run.time("train"), learner.update(step, run.total) as update:
                 scores, loss = _backward(update, actor, batch, cuts, pairs, config)
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
-            metrics = {"loss": loss} | describe(scores, pairs, config.beta)
+            metrics = {"loss": loss} | describe(scores, pairs, config)
             metrics |= {
                 "grad_norm": update.grad_norm,
                 "step_tokens": float(batch.num_tokens),
@@ -162,9 +164,7 @@ def _backward(
     return pair_scores(batch, logp_N), 0.0 if loss is None else loss.item()
 
 
-def weighted_loss(
-    scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig
-) -> torch.Tensor:
+def weighted_loss(scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig) -> Tensor:
     """Return the sum over pairs of weight x loss."""
     label_P, margin_P, weight_P = (
         column_of(pairs, name, scores.h.device) for name in ("label", "margin", "weight")
@@ -173,7 +173,7 @@ def weighted_loss(
         config.loss,
         scores,
         label_P,
-        margin_P,
+        margin_P + config.margin,
         beta=config.beta,
         label_smoothing=config.label_smoothing,
         nll_coef=config.nll_coef,
@@ -181,13 +181,21 @@ def weighted_loss(
     return (weight_P * loss_P).sum()
 
 
-def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dict[str, float]:
+def compared(config: DPOConfig) -> Of:
+    """Return which number of answers is reported and judged: log-ratios, or without a reference
+    mean log-probabilities per token."""
+    return "ratio" if config.needs_reference else "mean"
+
+
+def describe(scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig) -> dict[str, float]:
     """Return means over pairs, under TRL's metric names. rewards/chosen and rewards/rejected are
-    beta (log pi - log ref), rewards/margins their difference. rewards/accuracies is how often that
-    difference has the label's sign; pairs labelled a tie do not count. drift/chosen is how much
-    less likely the chosen answers are than under the reference, in nats per token. It often rises
-    together with the margins; nll_coef limits it."""
-    chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
+    beta (log pi - log ref), or without a reference beta (log pi per token); rewards/margins is
+    their difference. rewards/accuracies is how often that difference has the label's sign; pairs
+    labelled a tie do not count. drift/chosen is how much less likely the chosen answers are than
+    under the reference, in nats per token. It often rises together with the margins; nll_coef
+    limits it."""
+    of = compared(config)
+    chosen, rejected = (config.beta * x for x in scores.of_answers(of))
     found = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -195,41 +203,48 @@ def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dic
         "logps/chosen": scores.chosen_logp,
         "logps/rejected": scores.rejected_logp,
     }
-    right, judged = agreement(scores, pairs)
-    return (
-        {name: values.mean().item() for name, values in found.items()}
-        | ({"rewards/accuracies": right / judged} if judged else {})
-        | {"drift/chosen": (0.0 - scores.chosen_ratio.sum() / scores.chosen_tokens.sum()).item()}
-    )
+    right, judged = agreement(scores.h_of(of), pairs)
+    metrics = {name: values.mean().item() for name, values in found.items()}
+    if judged:
+        metrics["rewards/accuracies"] = right / judged
+    if config.needs_reference:
+        drift = 0.0 - scores.chosen_ratio.sum() / scores.chosen_tokens.sum()
+        metrics["drift/chosen"] = drift.item()
+    return metrics
 
 
-def agreement(scores: PairScores, pairs: Sequence[TokenPair]) -> tuple[int, int]:
-    """Return the number of pairs whose `h` has the label's sign, and the number of pairs that are
-    not labelled a tie. An `h` of 0 counts as wrong."""
-    signs = torch.sign(column_of(pairs, "label", scores.h.device) - 0.5)
-    return int((scores.h * signs > 0).sum()), int((signs != 0).sum())
+def agreement(h_P: Tensor, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+    """Return the number of pairs whose h has the label's sign, and the number of pairs that are not
+    labelled a tie. An h of 0 counts as wrong."""
+    signs = torch.sign(column_of(pairs, "label", h_P.device) - 0.5)
+    return int((h_P * signs > 0).sum()), int((signs != 0).sum())
 
 
 @torch.no_grad()
 def evaluate(
-    actor: HybridActor, reference: Reference, pairs: Sequence[TokenPair], config: DPOConfig
+    actor: HybridActor,
+    reference: Reference | None,
+    pairs: Sequence[TokenPair],
+    config: DPOConfig,
 ) -> dict[str, float]:
     """Return loss, margin and accuracy on held-out pairs, with the accuracy's 95% interval; an
     empty dictionary if there are no pairs."""
     if not pairs:
         return {}
     batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
-    batch = with_reference(reference, batch, cuts)
+    if reference is not None:
+        batch = with_reference(reference, batch, cuts)
     scores = pair_scores(
         batch, actor.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp
     )
+    h_P = scores.h_of(compared(config))
     found = {
         "eval_loss": weighted_loss(scores, pairs, config).item()
         / sum(pair.weight for pair in pairs),
         "eval_pairs": float(len(pairs)),
-        "eval_rewards/margins": config.beta * scores.h.mean().item(),
+        "eval_rewards/margins": config.beta * h_P.mean().item(),
     }
-    right, judged = agreement(scores, pairs)
+    right, judged = agreement(h_P, pairs)
     if judged:
         low, high = wilson_interval(right, judged)
         found |= {

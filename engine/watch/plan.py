@@ -384,8 +384,7 @@ class Planner:
         config = self.config
         kind = (
             config.reference_kind
-            if isinstance(config, DPOConfig)
-            or (isinstance(config, PolicyConfig) and config.needs_reference)
+            if isinstance(config, DPOConfig | PolicyConfig) and config.needs_reference
             else "adapter_off"
         )
         other = getattr(config, "reference_model", None)

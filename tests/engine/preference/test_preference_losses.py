@@ -41,6 +41,10 @@ def by_hand(name, h, p, margin, beta, e):
             p * (h - margin / beta - 1 / (2 * beta)) ** 2
             + (1 - p) * (-h - margin / beta - 1 / (2 * beta)) ** 2
         )
+    if name == "simpo":
+        return -p * log_sigmoid(plus) - (1 - p) * log_sigmoid(minus)
+    if name == "orpo":
+        return -beta * (p * log_sigmoid(plus / beta) + (1 - p) * log_sigmoid(minus / beta))
     return p * max(0.0, 1 - plus) + (1 - p) * max(0.0, 1 - minus)
 
 
@@ -208,6 +212,35 @@ def test_ipo_by_means_is_of_each_answers_mean(device):
     assert scores.h.item() == 8.0
     assert pair_loss("ipo_mean", scores, p, beta=0.1).item() == pytest.approx((mean_h - 5.0) ** 2)
     assert pair_loss("ipo", scores, p, beta=0.1).item() == pytest.approx((8.0 - 5.0) ** 2)
+
+
+def test_losses_without_a_reference_are_their_papers_formulas(device):
+    """SimPO's eq. 6 and ORPO's eqs. 4 to 7 from the answers' log-probabilities, by hand, at the
+    defaults; nothing of ref_logp is read."""
+    batch = PackedBatch.from_sequences([([1] * 2, [3] * n) for n in (2, 4)], device=device)
+    logp = torch.full((batch.num_tokens,), math.nan, device=device)
+    logp[batch.action_mask] = torch.tensor([-0.5, -1.5, -2.0, -2.0, -2.0, -6.0], device=device)
+    scores, p = pair_scores(batch, logp), torch.ones(1, dtype=torch.float64, device=device)
+    w, l = -2.0 / 2, -12.0 / 4
+    simpo, orpo = (DPOConfig("m", "d", loss=name) for name in ("simpo", "orpo"))
+    assert (simpo.beta, simpo.margin, simpo.nll_coef) == (2.0, 1.0, 0.0)
+    assert (orpo.beta, orpo.margin, orpo.nll_coef) == (0.1, 0.0, 1.0)
+    found = pair_loss("simpo", scores, p, p * simpo.margin, beta=simpo.beta)
+    assert found.item() == pytest.approx(math.log1p(math.exp(-(2.0 * w - 2.0 * l - 1.0))))
+    odds = [math.exp(m) / (1 - math.exp(m)) for m in (w, l)]
+    found = pair_loss("orpo", scores, p, beta=orpo.beta, nll_coef=orpo.nll_coef)
+    ratio = math.log(odds[0] / odds[1])
+    assert found.item() == pytest.approx(-w + 0.1 * math.log1p(math.exp(-ratio)))
+
+
+def test_the_odds_of_a_certain_answer_are_finite(device):
+    batch = PackedBatch.from_sequences([([1], [3]), ([1], [3, 3])], device=device)
+    logp = torch.zeros(batch.num_tokens, device=device, requires_grad=True)
+    scores = pair_scores(batch, logp)
+    loss = pair_loss("orpo", scores, torch.ones(1, device=device), beta=0.1, nll_coef=1.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.1 * math.log(2), rel=1e-6)
+    assert torch.isfinite(logp.grad).all()
 
 
 def test_equal_policies_are_exactly_at_zero(device):

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.base.errors import DataError
+from fusedrl.engine.base.errors import ConfigError, DataError
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.config import DPOConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.data.mixture import Mixture
@@ -129,6 +129,29 @@ def test_the_other_losses_train_too(config, loss):
         assert rows[0]["loss"] == pytest.approx(25.0, rel=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_without_a_reference(config, loss, monkeypatch):
+    """No second model is loaded; the answers that are preferred are found."""
+    monkeypatch.setattr(dpo, "load_reference", lambda *args: pytest.fail("a reference was loaded"))
+    own = DPOConfig(
+        **{
+            name: getattr(config, name)
+            for name in ("model", "device", "dtype", "data", "pairs_per_step", "optim", "run")
+        },
+        loss=loss,
+        eval_fraction=0.2,
+        epochs=6,
+        tokens_per_microbatch=60,
+    )
+    train_dpo(own)
+    rows = _metrics(config)
+    assert rows[-1]["eval_rewards/accuracies"] >= 0.75
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert not any("drift/chosen" in row or "ref" in " ".join(row) for row in rows)
+    with pytest.raises(ConfigError, match=f"another one than {loss}"):
+        replace(own, reference="frozen")
+
+
 def _sums(device, model, tokenizer, row, side):
     """Summed log-probability of an answer, in float64."""
     prompt = tokenizer(row["prompt"])["input_ids"]
@@ -138,6 +161,17 @@ def _sums(device, model, tokenizer, row, side):
     return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)), len(
         answer
     )
+
+
+def _by_paper(means):
+    """SimPO's and ORPO's losses of pairs, from the mean log-probabilities of both answers."""
+    return {
+        "simpo": [math.log1p(math.exp(1 - 2 * (a - b))) for a, b in means],
+        "orpo": [
+            -a + 0.1 * math.log1p(math.exp(math.log(math.expm1(-a)) - math.log(math.expm1(-b))))
+            for a, b in means
+        ],
+    }
 
 
 def test_losses_are_those_of_transformers_in_float64(config, device):
@@ -185,6 +219,14 @@ def test_losses_are_those_of_transformers_in_float64(config, device):
         assert found["eval_loss"] == pytest.approx(sum(map(expected, h)) / len(h), rel=1e-4)
         assert found["eval_rewards/margins"] == pytest.approx(0.1 * sum(h) / len(h), rel=1e-4)
         assert found["eval_rewards/accuracies"] == sum(d > 0 for d in h) / len(h)
+    m = [(a / n, b / k) for a, n, b, k in zip(w, nw, l, nl, strict=True)]
+    for loss, losses in _by_paper(m).items():
+        alone = DPOConfig(config.model, config.data, loss=loss, tokens_per_microbatch=60)
+        found = evaluate(actor, None, pairs, alone)
+        assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        margins = [alone.beta * (a - b) for a, b in m]
+        assert found["eval_rewards/margins"] == pytest.approx(sum(margins) / len(m), rel=1e-4)
+        assert found["eval_rewards/accuracies"] == sum(x > 0 for x in margins) / len(m)
     found = evaluate(actor, Frozen(reference), pairs, replace(config, loss="ipo_mean"))
     assert found["eval_loss"] == pytest.approx(sum((d - 5) ** 2 for d in means) / 7, rel=1e-4)
 
@@ -336,7 +378,7 @@ def test_weights_and_labels_stay_with_their_pairs(config, device):
         one["eval_rewards/margins"] * (pair.label - 0.5) > 0
         for pair, one in zip(pairs, alone, strict=True)
     )
-    assert dpo.agreement(scores, pairs) == (right, 5)
+    assert dpo.agreement(scores.h, pairs) == (right, 5)
 
 
 def test_what_cannot_be_learnt_from_is_counted_or_refused(

@@ -361,7 +361,7 @@ def test_the_commands_of_dpo(tiny_model, tmp_path, write_jsonl, capsys):
     for arguments, message in (
         (["dpo", "--beta", "0"], "beta > 0"),
         (["dpo", "--loss", "ipo", "--label_smoothing", "0.1"], "label_smoothing 0 with loss ipo"),
-        (["dpo", "--loss", "dpo"], "one of sigmoid, ipo, ipo_mean, hinge, robust"),
+        (["dpo", "--loss", "dpo"], "one of sigmoid, ipo, ipo_mean, hinge, robust, simpo, orpo"),
         (["dpo", "--bta", "1"], "did you mean --beta?"),
         (["rejection", "--reward", "r.py:f", "--keep", "9"], "keep <= samples_per_prompt = 8"),
     ):
