@@ -37,6 +37,11 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "runs", metavar="RUN", nargs="+", help="a run directory; several are compared"
     )
     report.add_argument(
+        "--compare",
+        action="store_true",
+        help="side by side, as several runs are without it; an error for a single one",
+    )
+    report.add_argument(
         "--html", type=_page_file, metavar="FILE", help="one page with curves and completions"
     )
     report.add_argument(
@@ -70,7 +75,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 def _page_file(text: str) -> str:
     if text == "-":
         raise argparse.ArgumentTypeError("expected a file to write the page to, got '-'")
-    return output_file(text)
+    return output_file(text, "<!doctype html>", "a page")
 
 
 def _seconds(text: str) -> float:
@@ -99,6 +104,11 @@ def _report(options: argparse.Namespace) -> None:
     from fusedrl.engine.watch.run_report import summary
 
     runs = _read(options.runs)
+    if options.compare and len(runs) < 2:
+        raise ConfigError(
+            f"report --compare: expected two runs or more, got {len(runs)}; name the others behind "
+            f"{runs[0].directory}"
+        )
     if options.html is not None:
         from fusedrl.engine.watch.page.page import write_page
 

@@ -183,7 +183,7 @@ class LoRAConfig:
     because the sampler has none.
 
     Args:
-        rank: rank of A and B.
+        rank: rank of an adapter, the inner size of its two matrices; setting it turns adapters on.
         alpha: the adapter is scaled by alpha / rank.
         targets: linear layers to adapt, by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj,
             up_proj, down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear adapts all of them.
@@ -395,7 +395,7 @@ class StageConfig:
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and continue, instead of
             stopping with a list of them.
         dtype: dtype of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
-        device: cpu or cuda; None chooses cuda if there is a GPU, else cpu.
+        device: cpu or cuda, by default cuda if there is a GPU; None chooses so.
         lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora
             turns it on. <run>/model then holds the model with the adapters merged, <run>/adapter
             the adapters alone.

@@ -47,8 +47,8 @@ class KLConfig:
             of both (DeepSeek-V3.2, 2025, unbiased KL estimate). The gradient is then that of
             KL(pi || ref) at each state, even if another policy drew the tokens, as in later epochs
             or from a replay buffer.
-        target: KL per sequence, in nats, that the coefficient adapts to (by the rule in
-            policy/control.py); None keeps the coefficient fixed.
+        target: KL per sequence, in nats, that the coefficient adapts to; None keeps the coefficient
+            fixed.
         horizon: adapt as Ziegler et al. (2019) do, by at most 0.2 x sequences of a step / horizon;
             their horizon is 10,000. Choose it to fit the length of the run: 10,000 with 64
             sequences a step allows 14% in 100 steps. None adapts by steps, not by sequences.

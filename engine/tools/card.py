@@ -22,6 +22,13 @@ _PLACES = {"model", "data", "reward", "monitor_reward", "device", "algorithm"} |
     "ptx.data",
     "critic.model",
 }
+# metrics that say how training went, not what the model does
+_OF_TRAINING = ("timing/", "mem/", "tokens_per_s", "learning_rate", "grad_norm", "kl_coef") + (
+    "sampling/",
+    "clip_ratio/",
+    "policy/",
+    "val/",
+)
 _TITLES = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling",
@@ -38,6 +45,8 @@ def card(
     kind: str,
     step: int | None,
     notes: Sequence[str],
+    *,
+    chats: bool = False,
 ) -> str:
     """Return the text of a model card.
 
@@ -49,10 +58,11 @@ def card(
         kind: merged, adapter or gguf.
         step: step of the checkpoint that was exported; None is the end of the run.
         notes: sentences about this export.
+        chats: whether its tokenizer has a chat template.
     """
     base = str(saved.get("config", {}).get("model", ""))
     parts = [_front(run, base, kind), f"# {name}", _opening(run, base, step, notes)]
-    parts += ["## Use", _use(directory, name, kind, run, base)]
+    parts += ["## Use", _use(directory, kind, run, base, chats)]
     if run is not None:
         parts += ["## Training", _training(run, saved)]
         if options := _options(saved):
@@ -85,26 +95,36 @@ def _opening(run: RunState | None, base: str, step: int | None, notes: Sequence[
         return " ".join(["Exported by fusedrl; how it was trained is not known here.", *notes])
     title = _TITLES.get(run.stage)
     if title is None:
-        title = ALGORITHMS[run.stage].title if run.stage in ALGORITHMS else run.stage
+        row = ALGORITHMS.get(run.stage)
+        title = f"`{run.stage}`{'' if row is None else f' ({row.title})'}"
     when = f"the checkpoint of step {step}" if step is not None else f"{run.step} steps"
     return " ".join([f"`{_short(base)}`, trained by {title} with fusedrl: {when}.", *notes])
 
 
-def _use(directory: str, name: str, kind: str, run: RunState | None, base: str) -> str:
+def _use(directory: str, kind: str, run: RunState | None, base: str, chats: bool) -> str:
     if kind == "gguf":
         return f"```bash\nllama-cli -m {directory}/*.gguf\n```"
     if kind == "adapter":
         return (
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
-            f'\nbase = AutoModelForCausalLM.from_pretrained("{_short(base)}")\n'
-            f'model = PeftModel.from_pretrained(base, "{directory}")\n```'
+            "```python\nfrom peft import PeftConfig, PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'base = PeftConfig.from_pretrained("{directory}").base_model_name_or_path\n'
+            f"model = AutoModelForCausalLM.from_pretrained(base)  # {_short(base)}\n"
+            f'model = PeftModel.from_pretrained(model, "{directory}")\n```'
         )
     if run is not None and run.stage == "reward":
         return (
             "```python\nfrom transformers import AutoModelForSequenceClassification\n\n"
             f'model = AutoModelForSequenceClassification.from_pretrained("{directory}")\n```'
         )
-    return f'```bash\nfusedrl generate --model {directory} --prompt "..."\n```'
+    prompt = '[{"role": "user", "content": "..."}]' if chats else '"..."'
+    code = (
+        "```python\nfrom transformers import pipeline\n\n"
+        f'generate = pipeline("text-generation", model="{directory}")\n'
+        f"print(generate({prompt}, max_new_tokens=64))\n```"
+    )
+    ours = f"chat {directory}" if chats else f'generate --model {directory} --prompt "..."'
+    return f"{code}\n\n```bash\nfusedrl {ours}\n```"
 
 
 def _training(run: RunState, saved: Mapping[str, Any]) -> str:
@@ -163,8 +183,7 @@ def _results(run_dir: Path, step: int | None) -> str:
         name
         for pattern in SHOWN
         for name in sorted(series)
-        if fnmatch(name, pattern)
-        and not name.startswith(("timing/", "mem/", "tokens_per_s", "learning_rate"))
+        if fnmatch(name, pattern) and not name.startswith(_OF_TRAINING)
     ]
     lines = [f"| {name} | {series[name][0]:.4g} | {series[name][-1]:.4g} |" for name in shown]
     heading = ["| metric | first | last |", "|---|---|---|"]

@@ -9,7 +9,6 @@ and it is said.
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import DataError, UserError
+from fusedrl.engine.base.printable import printable
 from fusedrl.engine.data.records import Messages
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt
 from fusedrl.engine.generation.pieces import Pieces
@@ -38,8 +38,6 @@ HELP = """/reset            begin again; the system message stays
 \"\"\"               on a line of its own: a message of several lines begins or ends
 Ctrl-C stops an answer."""
 NARROW = 80  # columns of a terminal from which on two answers stand side by side
-# what moves the cursor or rings, and is no text
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BLOCK = '"""'
 
 
@@ -281,7 +279,7 @@ class Chat:
 
     def _write(self, stream: Iterator[str], stop: threading.Event) -> None:
         for piece in stream:
-            print(_CONTROL.sub("", piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
             if stop.is_set():
                 break
         print(flush=True)
@@ -297,7 +295,7 @@ class Chat:
                     if piece is None:
                         left.remove((number, stream))
                     else:
-                        texts[number] += _CONTROL.sub("", piece)
+                        texts[number] += printable(piece)
                 live.update(self._table(texts, self._out.height - 4), refresh=True)
         self._out.print(self._table(texts, 0))
 

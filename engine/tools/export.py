@@ -102,9 +102,20 @@ def export(
     found = _source(source, step, kind)
     with replacing(final) as temporary:
         notes = _WRITERS[kind](found, temporary, dtype)
-        text = card(found.name, final.name, found.run, found.saved, kind, found.step, notes)
+        text = card(
+            *(found.name, final.name, found.run, found.saved, kind, found.step, notes),
+            chats=_chats(temporary),
+        )
         (temporary / "README.md").write_text(text, encoding="utf-8")
     return final
+
+
+def _chats(model: Path) -> bool:
+    """Whether the tokenizer of an exported model has a chat template."""
+    if (model / "chat_template.jinja").is_file():
+        return True
+    config = model / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_bytes()).get("chat_template"))
 
 
 def _source(source: str | Path, step: int | str | None, kind: str) -> Source:

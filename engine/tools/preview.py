@@ -19,6 +19,7 @@ from rich.text import Text
 
 from fusedrl.engine.base import tables
 from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.printable import printable, shortened
 from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.data.formats import NOUNS, Format
 from fusedrl.engine.data.readers import (
@@ -467,7 +468,7 @@ def print_preview(shown: Preview, console: Console | None = None) -> None:
     console = console or tables.console()
 
     def say(text: str, style: str = "") -> None:
-        console.print(_visible(text), style=style)
+        console.print(printable(text), style=style)
 
     say(f"{shown.source}: {shown.file}, format {shown.format} ({shown.why})", "bold")
     say(f"columns: {', '.join(shown.columns)}")
@@ -536,22 +537,7 @@ def _marked(line: Line) -> Text:
             text.append("⟦" if inside else "⟧", "bold")
             marked = inside
         style = "yellow" if segment.special else _STYLES[segment.role]
-        text.append(_visible(_shortened(segment.text)), style)
+        text.append(printable(shortened(segment.text, LONGEST)), style)
     if marked:
         text.append("⟧", "bold")
     return text
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= LONGEST:
-        return text
-    half = LONGEST // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
-
-def _visible(text: str) -> str:
-    """Return the text with control characters as pictures, so that data do not steer the
-    terminal."""
-    return "".join(
-        chr(0x2400 + ord(one)) if ord(one) < 32 and one not in "\n\t" else one for one in text
-    )

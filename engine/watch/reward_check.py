@@ -32,6 +32,7 @@ from fusedrl.engine.base.association import agreement, kendall, spearman
 from fusedrl.engine.base.blame import shown
 from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.estimates import Interval
+from fusedrl.engine.base.printable import printable
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.rewards.rewards import Reward, RewardSet
 
@@ -420,7 +421,7 @@ def check_tables(check: RewardCheck) -> list[Table]:
         for name in ("kind", "completions", "the first"):
             table.add_column(name)
         for kind, one in check.failures.items():
-            said = f"{one['message']}\nfor {one['prompt']} -> {one['completion']!r}"
+            said = printable(f"{one['message']}\nfor {one['prompt']} -> {one['completion']!r}")
             table.add_row(kind, str(one["completions"]), said)
         tables.append(table)
     return tables
@@ -453,7 +454,9 @@ def _figures(check: RewardCheck) -> Table:
         if check.changed[0]
         else "none",
     )
-    table.add_row("rank correlation with length", _or_none(check.with_length))
+    table.add_row(
+        "rank correlation with length", _or_none(check.with_length, "all rewards or lengths equal")
+    )
     if check.ranked is not None:
         table.add_row("the better answer has the higher value", _percent(check.ranked))
     table.add_row(
@@ -488,5 +491,5 @@ def _percent(share: Interval) -> str:
     return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
-def _or_none(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "one of them is constant"
+def _or_none(value: float, otherwise: str = "one of them is constant") -> str:
+    return f"{value:.2f}" if math.isfinite(value) else otherwise

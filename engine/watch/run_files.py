@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fusedrl.engine.base.errors import ConfigError, no_such
 from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.runs.files import flat, is_locked
+from fusedrl.engine.runs.status import read_status
 from fusedrl.engine.watch.alarm import Evidence, message
 
 FILES = ("metrics.jsonl", "config.json", "samples_eval.jsonl")  # a run has at least one of them
@@ -75,7 +76,7 @@ class RunRecord:
         config: options under dotted names, or None without a readable config.json.
         series: the metrics by name.
         calibration: the report of a reward model, as report.json holds it, or None.
-        status: "running", "finished" or "stopped".
+        status: "running", "finished", "failed" or "stopped".
         steps, total: steps done, and steps to do where the configuration says how many.
         notes: what is missing or could not be read.
     """
@@ -121,6 +122,7 @@ class RunFiles:
         self._series: dict[str, tuple[array[float], array[float]]] = {}
         self._shown: list[Sample] = []
         self._alarmed: list[Alarm] = []
+        self._no_numbers = 0
 
     def read(self) -> RunRecord:
         """Return what the directory holds now."""
@@ -132,6 +134,10 @@ class RunFiles:
             if any((self.directory / name).exists() for name in RESULTS)
             else "stopped"
         )
+        said = read_status(self.directory)
+        if run.status == "stopped" and said.get("state") == "failed":
+            run.status = "failed"
+            run.notes.append(f"it failed: {said.get('message', 'status.json does not say why')}")
         self._configure(run)
         self._read_metrics(run)
         self._read_samples(run)
@@ -157,12 +163,14 @@ class RunFiles:
         anew, rows = self._metrics.read()
         if anew:
             self._series.clear()
+            self._no_numbers = 0
         for row in rows:
             step = row.pop("step")
             for name, value in row.items():
                 if value is None:
                     value = np.nan
                 elif type(value) is not float and type(value) is not int:
+                    self._no_numbers += 1
                     continue
                 pair = self._series.get(name)
                 if pair is None:
@@ -177,6 +185,10 @@ class RunFiles:
         holes = sum(len(one.values) - len(one.finite) for one in run.series.values())
         if holes:
             run.notes.append(f"{_several(holes, 'value')} not finite: gaps in the curves")
+        if self._no_numbers:
+            run.notes.append(f"{_several(self._no_numbers, 'value')} no numbers and left out")
+        if missing := _missing(run):
+            run.notes.append(f"metrics.jsonl: {missing}")
 
     def _read_samples(self, run: RunRecord) -> None:
         anew, rows = self._samples.read()
@@ -247,6 +259,8 @@ def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]
         values = {json.dumps((run.config or {})[name]) for run in having}
         kinds = {run.kind for run in having}
         lacking = any(run.kind in kinds and run.config and run not in having for run in runs)
+        if any(other.startswith(f"{name}.") for other in names):  # null where its parts are not set
+            continue
         if name not in UNEQUAL and (len(values) > 1 or lacking):
             found[name] = [
                 json.dumps(run.config[name], ensure_ascii=False)
@@ -318,6 +332,19 @@ class _Lines:
 
 def _several(count: int, thing: str) -> str:
     return f"{count:,} {thing}{' is' if count == 1 else 's are'}"
+
+
+def _missing(run: RunRecord) -> str:
+    """Say which steps between the first and the last have no metrics; "" if all have."""
+    found = max((one.steps for one in run.series.values()), key=len, default=np.zeros(0))
+    holes = np.flatnonzero(np.diff(found) > 1)
+    if not len(holes):
+        return ""
+    count = int((np.diff(found)[holes] - 1).sum())
+    first, last = int(found[holes[0]]) + 1, int(found[holes[0] + 1]) - 1
+    which = f"step {first}" if first == last else f"steps {first:,} to {last:,}"
+    more = f", and {count - (last - first + 1):,} more" if len(holes) > 1 else ""
+    return f"{which}{more} missing; the curves run across"
 
 
 def _series(steps: array[float], values: array[float]) -> Series:

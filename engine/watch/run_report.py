@@ -14,46 +14,48 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.printable import printable, shortened
 from fusedrl.engine.watch.run_files import RunRecord, Series, config_differences
 
-SHOWN = (
-    "loss",
-    "eval_loss",
-    "accuracy",
-    "eval_accuracy",
-    "eval_rewards/accuracies",
-    "eval_rewards/margins",
-    "reward",
-    "rewards/*",
-    "gold/*",
-    "eval_reward",
-    "eval_rewards/*/mean",
-    "eval_gold/*/mean",
-    "eval_pass@*",
-    "kl",
-    "eval_kl",
-    "kl_coef",
-    "entropy",
-    "perplexity",
-    "perplexity_ref",
-    "eval_perplexity_ref",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "completions/repeated_trigrams",
-    "completions/distinct_trigrams",
-    "clip_ratio/region_mean",
-    "policy/approxkl_avg",
-    "val/explained_variance",
-    "sampling/sampling_logp_difference/max",
-    "grad_norm",
-    "learning_rate",
-    "tokens_per_s",
-    "timing/step",
-    "timing/*",
-    "mem/peak_gib",
-    "mem/*_gib",
-)
+SHOWN = {  # metric or pattern -> unit; "" for a number without one
+    "loss": "",
+    "eval_loss": "",
+    "accuracy": "share",
+    "eval_accuracy": "share",
+    "eval_rewards/accuracies": "share",
+    "eval_rewards/margins": "nats x beta",
+    "reward": "",
+    "rewards/*": "",
+    "gold/*": "",
+    "eval_reward": "",
+    "eval_rewards/*/mean": "",
+    "eval_gold/*/mean": "",
+    "eval_pass@*": "share",
+    "kl": "nats",
+    "eval_kl": "nats",
+    "kl_coef": "",
+    "entropy": "nats/token",
+    "perplexity": "",
+    "perplexity_ref": "",
+    "eval_perplexity_ref": "",
+    "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "share",
+    "completions/repeated_trigrams": "share",
+    "completions/distinct_trigrams": "share",
+    "clip_ratio/region_mean": "share",
+    "policy/approxkl_avg": "nats/token",
+    "val/explained_variance": "share",
+    "sampling/sampling_logp_difference/max": "nats",
+    "grad_norm": "",
+    "learning_rate": "",
+    "tokens_per_s": "tokens/s",
+    "timing/step": "s",
+    "timing/*": "s",
+    "mem/peak_gib": "GiB",
+    "mem/*_gib": "GiB",
+}
 VALUES = ("first", "middle", "last", "least", "most")
+LONGEST = 2000  # characters of a text that are shown
 
 
 def samples_table(run: RunRecord, columns: int = 4) -> Table:
@@ -66,9 +68,10 @@ def samples_table(run: RunRecord, columns: int = 4) -> Table:
     if columns < 1:
         raise ConfigError(f"samples: expected columns >= 1, got {columns}")
     if not run.samples:
+        broken = [note for note in run.notes if note.startswith("samples_eval.jsonl:")]
         raise ConfigError(
             f"{run.directory}: expected a run directory with samples_eval.jsonl, but it has no "
-            "held-out samples; train with --evaluation.data FILE"
+            f"held-out samples; {broken[0] if broken else 'train with --evaluation.data FILE'}"
         )
     by_prompt: defaultdict[str, dict[int, Text]] = defaultdict(dict)
     for sample in run.samples:
@@ -77,19 +80,23 @@ def samples_table(run: RunRecord, columns: int = 4) -> Table:
             for name, value in sample.scores.items()
         )
         by_prompt[sample.prompt][sample.step] = Text.assemble(
-            (f"{scores}\n", "bold"), sample.completion.strip()
+            (f"{scores}\n", "bold"), _shown(sample.completion)
         )
     steps = spread(sorted({sample.step for sample in run.samples}), columns)
     table = Table(
-        title=Text(f"{run.name}: the same draws of the same prompts as training goes on"),
+        title=Text(f"{run.name}: completions of the same prompts, drawn alike, at several steps"),
         title_justify="left",
         show_lines=True,
     )
     for name in ("prompt", *(f"step {step}" for step in steps)):
         table.add_column(name, ratio=1)
     for prompt, found in by_prompt.items():
-        table.add_row(Text(prompt.strip()), *(found.get(step, Text("")) for step in steps))
+        table.add_row(Text(_shown(prompt)), *(found.get(step, Text("")) for step in steps))
     return table
+
+
+def _shown(text: str) -> str:
+    return printable(shortened(text.strip(), LONGEST))
 
 
 @dataclass(frozen=True)
@@ -129,15 +136,23 @@ def shown_metrics(runs: Sequence[RunRecord]) -> list[str]:
     )
 
 
+def unit_of(name: str) -> str:
+    """Return the unit of a main metric, "" if it has none."""
+    return next((unit for pattern, unit in SHOWN.items() if fnmatch(name, pattern)), "")
+
+
 def metrics_table(run: RunRecord, values: Sequence[str] = VALUES) -> Table:
     """Return a table of a run's main metrics. `values` are those of VALUES to show: first, middle
     and last value, least and most."""
-    table = Table(title=Text(f"{run.name}: {run.steps} steps"), title_justify="left", box=SIMPLE)
+    title = Text(f"{run.name}: {run.steps:,} steps, {run.status}")
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("")
     for heading in values:
         table.add_column(heading, justify="right")
+    table.add_column("unit")
     for name, found in final_values(run).items():
-        table.add_row(Text(name), *(f"{getattr(found, value):.4g}" for value in values))
+        shown = (f"{getattr(found, value):.4g}" for value in values)
+        table.add_row(Text(name), *shown, unit_of(name))
     return table
 
 
@@ -150,11 +165,12 @@ def comparison_tables(runs: Sequence[RunRecord]) -> list[Table]:
         table.add_column("")
         for run in runs:
             table.add_column(Text(run.name), justify=justify)  # type: ignore[arg-type]
-    last.add_row("steps", *(f"{run.steps:,}" for run in runs))
+    last.add_column("unit")
+    last.add_row("steps", *(f"{run.steps:,}" for run in runs), "")
     for name in shown_metrics(runs):
         row = [f"{found[name].last:.4g}" if name in found else "" for found in finals]
         if any(row):
-            last.add_row(Text(name), *row)
+            last.add_row(Text(name), *row, unit_of(name))
     differences = config_differences(runs)
     for name, values in differences.items():
         options.add_row(Text(name), *(Text("" if v is None else v) for v in values))

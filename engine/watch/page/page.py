@@ -23,7 +23,7 @@ from fusedrl.engine.runs.files import write_file
 from fusedrl.engine.watch.page.charts import REST, Points, charts
 from fusedrl.engine.watch.page.texts import prompts_of
 from fusedrl.engine.watch.run_files import RunRecord, config_differences
-from fusedrl.engine.watch.run_report import final_values, shown_metrics
+from fusedrl.engine.watch.run_report import final_values, shown_metrics, unit_of
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -123,6 +123,7 @@ def page(runs: Sequence[RunRecord], *, live: float = 0, made: datetime | None = 
         progress=_progress,
         duration=duration,
         number=_number,
+        unit=unit_of,
         text=lambda value: json.dumps(value, ensure_ascii=False),
     )
     return html.replace("\0", "\ufffd")

@@ -10,10 +10,9 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 
 from fusedrl.engine.watch.run_files import RunRecord, Sample
-from fusedrl.engine.watch.run_report import spread
+from fusedrl.engine.watch.run_report import LONGEST, spread
 
 COLUMNS, MOST_PROMPTS = 4, 16
-LONGEST = 2000  # characters of a text that are shown
 ALIKE = 0.3  # texts with a smaller share of common words are not compared word by word
 _PUNCTUATION = r"""!-/:-@\[-`{-~"""
 # Words with the blanks behind them, and punctuation marks. Chinese, Japanese and Korean characters

@@ -4,6 +4,8 @@ in; refusals; and nothing half-written."""
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,21 @@ def test_a_run_becomes_a_directory_for_transformers(place, tmp_path, capsys):
     assert str(place) not in text, "a card tells no one's folders"
 
 
+def _runs(code, directory):
+    """Run the code of a card, beside the directory that it is of."""
+    assert "from transformers import" in code
+    done = subprocess.run([sys.executable, "-c", code], cwd=directory, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_the_cards_code_runs(place, tmp_path):
+    out = exported(place, tmp_path, "sft")
+    code = re.search(r"```python\n(.*?)```", card(out)[1], re.DOTALL)[1]
+    assert "generated_text" in _runs(code, tmp_path)
+    assert "fusedrl chat out" in card(out)[1], "its tokenizer has a chat template"
+
+
 def test_the_adapter_alone(place, tmp_path):
     peft = pytest.importorskip("peft")
     out = exported(place, tmp_path, "sft", "--format", "adapter")
@@ -98,7 +115,8 @@ def test_the_adapter_alone(place, tmp_path):
     merged = peft.PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
     theirs = weights(place / "sft" / "model")
     assert all(torch.allclose(merged[name], theirs[name], atol=1e-6) for name in theirs)
-    assert "PeftModel.from_pretrained" in card(out)[1]
+    (code,) = re.findall(r"```python\n(.*?)```", card(out)[1], re.DOTALL)
+    _runs(code, tmp_path)
     assert card(out)[0]["library_name"] == "peft"
 
 
@@ -196,7 +214,7 @@ def test_nothing_is_written_over(place, tmp_path, capsys):
 
 
 def test_a_failure_leaves_nothing(place, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "card", full)

@@ -11,6 +11,7 @@ from tests.support.runs import CONFIG, metrics, samples, write_lines, write_run
 
 from fusedrl.engine.base.errors import ConfigError, SetupError
 from fusedrl.engine.runs.files import RunLock, is_locked
+from fusedrl.engine.runs.status import write_status
 from fusedrl.engine.watch.run_files import RunFiles, config_differences, open_runs
 
 pytestmark = pytest.mark.cpu_only("files alone")
@@ -52,6 +53,19 @@ def test_values_that_are_not_finite_and_steps_out_of_order(tmp_path):
     assert np.isnan(run.series["huge"].values).all()
     assert set(run.series) == {"reward", "kl", "huge"}
     assert any("4 values are not finite" in note for note in run.notes)
+    assert any("3 values are no numbers" in note for note in run.notes)
+    assert any("step 4 missing" in note for note in run.notes)
+    more = [*rows, *({"step": n, "reward": 1.0} for n in (9, 10, 20))]
+    write_lines(tmp_path / "metrics.jsonl", more)
+    assert any("step 4, and 12 more missing" in note for note in RunFiles(tmp_path).read().notes)
+
+
+def test_a_run_that_failed_says_why(tmp_path):
+    directory = write_run(tmp_path / "run")
+    write_status(directory, {"state": "failed", "message": "RewardError: no reward"})
+    run = RunFiles(directory).read()
+    assert run.status == "failed"
+    assert "it failed: RewardError: no reward" in run.notes
 
 
 BROKEN = [

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tests.support.runs import write_lines
 
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.watch.run_report import spread
@@ -75,10 +76,10 @@ def test_report(run, capsys):
     rows = {
         line.split()[0]: line.split()[1:]
         for line in shown.splitlines()
-        if line.startswith("  ") and len(line.split()) == 6
+        if line.startswith("  ") and len(line.split()) in (6, 7)
     }
     assert rows["reward"] == ["0.125", "0.375", "0.625", "0.125", "0.625"]
-    assert rows["kl"] == ["2", "8", "10", "2", "10"]
+    assert rows["kl"] == ["2", "8", "10", "2", "10", "nats"]
     assert rows["eval_reward"] == ["0.125"] * 5
     assert "odd" not in rows
     text = " ".join(shown.split())
@@ -86,6 +87,45 @@ def test_report(run, capsys):
         "reward hacking suspected at step 4: the trained reward rose from 0.1 to 0.9 (8.0 standard "
         "errors) while gold/g/mean fell from 1 to 0.2" in text
     )
+
+
+def test_completions_do_not_steer_the_terminal_and_are_cut(run, capsys):
+    rows = [
+        {
+            "step": 1,
+            "prompt": "\x1b]0;title\x07",
+            "completion": f"A\x1b[2J\x9b31m\u202eD{'x' * 50_000}",
+            "scores": {"reward": 1.0},
+        }
+    ]
+    write_lines(run / "samples_eval.jsonl", rows)
+    assert main(["samples", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b\u202e") & set(shown)
+    assert "<U+202E>" in shown.replace("\n", "")
+    assert len(shown) < 20_000
+    assert main(["samples", str(run)]) == 0
+    (run / "samples_eval.jsonl").write_text("no json\n")
+    assert main(["samples", str(run)]) == 2
+    assert "1 line is not readable" in capsys.readouterr().err
+
+
+def test_a_page_or_a_report_writes_over_nothing_else(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def f(): pass\n")
+    for command in (
+        ["report", str(run), "--html", "rewards.py"],
+        ["watch", str(run), "--html", "rewards.py"],
+        ["report", str(run), "--json", "rewards.py"],
+    ):
+        assert main(command) == 2
+        assert "it would be lost" in capsys.readouterr().err
+    assert (tmp_path / "rewards.py").read_text() == "def f(): pass\n"
+    for option, name in (("--html", "page.html"), ("--json", "report.json")):
+        for _ in range(2):  # its own file is replaced
+            assert main(["report", str(run), option, name]) == 0
+    assert main(["report", str(run), "--compare"]) == 2
+    assert "two runs or more" in capsys.readouterr().err
 
 
 def test_runs_that_are_not_there(run, tmp_path, capsys):
