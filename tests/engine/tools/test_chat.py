@@ -258,7 +258,7 @@ class Terminal:
         for _ in range(tries):
             self.type("\x03")
             last = time.monotonic() + 2
-            self.wait_until(lambda said: text in said or time.monotonic() > last)
+            self.wait_until(lambda said, last=last: text in said or time.monotonic() > last)
             if text in self.said:
                 break
         self.wait_for(text)
