@@ -13,10 +13,8 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, resume_command
 from fusedrl.engine.cli.common import check_device
+from fusedrl.engine.cli.processes import LOOPBACK, Processes, tell_killed
 from fusedrl.engine.config.base import StageConfig
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 # a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
 PATIENCE = timedelta(hours=1)
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-GRACE = 30.0  # seconds in which the other ranks end by themselves, once one has failed
-_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Place(NamedTuple):
@@ -82,7 +78,7 @@ def on_devices(options: argparse.Namespace, work: Callable[[Ranks], None]) -> No
     in as many processes as `options.devices` says, which run `options.argv`."""
     place = None if options.place is None else _place(options.place)
     if options.devices > 1 and place is None:
-        if code := launch(options.argv, options.devices, options.device):
+        if code := launch(options.argv, options.devices, options.device, Processes()):
             raise Stopped(code)
         return
     with joined_by(place, options.device):
@@ -111,9 +107,10 @@ def start(
     """
     check_device(config.device)
     if devices > 1 and place is None:
-        code = launch(
-            [*command, f"--devices={devices}"], devices, config.device, config.run.signal_names
-        )
+        processes = Processes(config.run.signal_names)
+        code = launch([*command, f"--devices={devices}"], devices, config.device, processes)
+        if processes.killed:
+            tell_killed(processes, config.run.dir, directory)
         if code:
             raise Stopped(code)
         return
@@ -132,32 +129,23 @@ def start(
         RESUME_COMMAND.reset(told)
 
 
-def launch(
-    argv: Sequence[str], count: int, device: str | None = None, signals: Sequence[str] = ()
-) -> int:
-    """Run `fusedrl argv` in `count` processes, and forward signals to all of them, those
-    named too. Return the exit code of the first process that failed, or 0.
+def launch(argv: Sequence[str], count: int, device: str | None, processes: Processes) -> int:
+    """Run `fusedrl argv` in `count` processes, and forward signals to all of them. Return the exit
+    code of the first process that failed, or 0.
 
     Raises:
         ConfigError: `device` names one card, which all processes would share.
         SetupError: there are fewer GPUs than processes.
     """
     _check_cards(argv[0], count, device)
-    with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
+    with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory, processes.forwarding():
         store = str(Path(directory) / "store")
-        children = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "fusedrl", *argv),
-                    *("--place", f"{rank},{count},{os.getpid()},{store}"),
-                ],
-                env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
-                process_group=0,  # a terminal's Ctrl-C comes through here, once
-            )
-            for rank in range(count)
-        ]
-        with _forwarding(children, signals):
-            return _ended(children)
+        started = (sys.executable, "-P", "-m", "fusedrl", *argv, "--place")
+        processes.start(
+            [[*started, f"{rank},{count},{os.getpid()},{store}"] for rank in range(count)],
+            os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
+        )
+        return processes.wait()
 
 
 def _check_cards(command: str, count: int, device: str | None) -> None:
@@ -174,58 +162,6 @@ def _check_cards(command: str, count: int, device: str | None) -> None:
             f"{command}: expected --devices {count} to be at most the {there} GPUs that torch "
             "sees; each process has one of its own"
         )
-
-
-@contextlib.contextmanager
-def _forwarding(
-    children: Sequence[subprocess.Popen[bytes]], signals: Sequence[str]
-) -> Iterator[None]:
-    """Forward signals that this process receives to its children."""
-
-    def forward(number: int, _: object) -> None:
-        _send(children, number)
-
-    before = {}
-    for name in dict.fromkeys((*_FORWARDED, *signals)):
-        number = signal.Signals[name]
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            before[number] = signal.signal(number, forward)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
-
-
-def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all processes; return the exit code of the first that failed, or 0. The others are
-    ended where they do not end by themselves."""
-    code, left, failed = 0, dict(enumerate(children)), 0.0
-    ways = iter((signal.SIGTERM, signal.SIGKILL))
-    while left:
-        for rank, child in list(left.items()):
-            if (ended := child.poll()) is None:
-                continue
-            del left[rank]
-            if ended < 0:
-                name = signal.Signals(-ended).name
-                print(
-                    f"fusedrl: rank {rank} of {len(children)} was ended by {name}", file=sys.stderr
-                )
-                ended = 128 - ended
-            if ended and not code:
-                code, failed = ended, time.monotonic()
-        if code and time.monotonic() - failed > GRACE and (number := next(ways, None)):
-            _send(list(left.values()), number)
-            failed = time.monotonic()
-        time.sleep(0.05)
-    return code
 
 
 def _end_with_parent(parent: int) -> None:

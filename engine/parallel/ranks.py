@@ -20,6 +20,8 @@ from __future__ import annotations
 import json
 import math
 import platform
+import signal
+import threading
 import time
 import zlib
 from collections import Counter
@@ -77,6 +79,7 @@ class Ranks:
         worked: seconds of each phase of a step without those two.
         inside: whether the ranks exchange tensors now.
         told: whether all ranks know of a failure, so that none waits for another any more.
+        stopped: what a signal raised before the run began, in case that a library swallowed it.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, lanes: int | None = None) -> None:
@@ -88,6 +91,7 @@ class Ranks:
         self.worked: dict[str, float] = {}
         self.told = self.inside = self.holding = False
         self.held: BaseException | None = None
+        self.stopped: Stopped | None = None
         self._met = 0
 
     @property
@@ -142,6 +146,8 @@ class Ranks:
     def _meet(self, what: str, failure: str) -> list[str]:
         """Exchange the purpose of the meeting, and whether a rank failed. Raise the error of
         another rank, unless this rank failed as well; then return the failures of all."""
+        if self.stopped is not None and not failure:
+            raise self.stopped
         with self._whole():
             return self._met_all(what, failure)
 
@@ -441,6 +447,26 @@ def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
 
 
 @contextmanager
+def _heeding(ranks: Ranks) -> Iterator[None]:
+    """Let signals that would end this process wait for the end of an exchange with other ranks."""
+
+    def stop(number: int, _: object) -> None:
+        ranks.stopped = ranks.stopped or Stopped(128 + number)
+        ranks.interrupt(ranks.stopped)
+
+    before = {}
+    if ranks.size > 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def joined(
     lanes: int | None = None, strict: bool = False, device: str | None = None
 ) -> Iterator[Ranks]:
@@ -453,14 +479,15 @@ def joined(
         SetupError: two ranks compute on the same GPU, or memory ran out.
     """
     ranks = world()
-    try:
-        ranks.lanes = lanes_of(lanes, strict, ranks.size)
-        ranks.own("GPU", card(device) if ranks.size > 1 else None)
-        yield ranks
-    except BaseException as error:
-        told = as_shortage(error)
-        if isinstance(told, Exception | Stopped | KeyboardInterrupt):
-            ranks.fail(told)
-        if told is not error:
-            raise told from error
-        raise
+    with _heeding(ranks):
+        try:
+            ranks.lanes = lanes_of(lanes, strict, ranks.size)
+            ranks.own("GPU", card(device) if ranks.size > 1 else None)
+            yield ranks
+        except BaseException as error:
+            told = ranks.stopped or as_shortage(error)
+            if isinstance(told, Exception | Stopped | KeyboardInterrupt):
+                ranks.fail(told)
+            if told is not error:
+                raise told from error
+            raise

@@ -165,6 +165,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         phase = self.activity.phase
         where = f"in {phase}" if phase else ""
         told = None if error is None else as_shortage(error, where)
+        if isinstance(told, Exception) and self._saver is None and self._exit is not None:
+            told = Stopped(self._exit)  # what a library made of the signal while it was imported
         self._leaving = True
         try:
             together = told is None or self.ranks.fail(told)
@@ -220,9 +222,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
         name, saver = signal.Signals(number).name, self._saver
         if self._leaving and self.ranks.size > 1:  # the others wait for this rank
             return
-        if saver is None:  # nothing was trained yet
-            return self.ranks.interrupt(Stopped(128 + number))
         self._exit = 128 + number if self._exit is None else self._exit
+        if saver is None:  # nothing was trained yet
+            return self.ranks.interrupt(Stopped(self._exit))
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self._signals == 1:
             self._say(

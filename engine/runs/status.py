@@ -56,7 +56,7 @@ class RunState:
         score: name and last value of the metric that matters most; None if there is none.
         seconds: seconds of all steps together.
         best: (metric, step, value) of the best checkpoint that is kept; None without one.
-        message: what ended the run, if it failed.
+        message: what ended the run, if it failed or had to be killed.
         resumes: whether `fusedrl resume` can go on with it: it has a checkpoint, or no steps yet.
     """
 
@@ -123,7 +123,7 @@ def run_state(run_dir: str | Path) -> RunState | None:
         (str(best[0]), int(best[1]), float(best[2]))
         if isinstance(best, list) and len(best) == 3
         else None,
-        str(told.get("message", "")) if state == "failed" else "",
+        str(told.get("message", "")) if state in ("failed", "interrupted") else "",
         not step or any(root.glob("checkpoints/step_*/MANIFEST.json")),
     )
 

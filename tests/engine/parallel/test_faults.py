@@ -26,6 +26,7 @@ from tests.support.launched import (
 from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, as_shortage
 from fusedrl.engine.cli import devices
 from fusedrl.engine.cli.main import main
+from fusedrl.engine.cli.processes import Processes
 from fusedrl.engine.parallel import ranks as ranks_module
 from fusedrl.engine.parallel.ranks import Ranks, joined, lanes_of
 
@@ -336,7 +337,7 @@ def test_a_process_takes_the_card_with_its_number_or_the_only_one(rank, there, t
 
 def test_one_device_for_all_processes_is_refused(capsys):
     with pytest.raises(ConfigError, match=r"expected --device cuda with --devices 2, got cuda:0"):
-        devices.launch(["train"], 2, "cuda:0")
+        devices.launch(["train"], 2, "cuda:0", Processes())
 
 
 def test_fewer_cards_than_processes_are_refused_unless_the_run_is_on_the_cpu(monkeypatch):

@@ -29,7 +29,7 @@ from tests.support.launched import (
 from tests.support.ranks import comparable, together
 from tests.support.ranks import start as start_ranks
 
-from fusedrl.engine.cli import devices
+from fusedrl.engine.cli import processes
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.parallel.ranks import Ranks
 
@@ -196,16 +196,15 @@ def test_a_signal_lets_the_step_end_on_all_ranks_and_saves_it(furnished):
 
 
 def test_a_rank_that_dies_before_all_have_joined_ends_the_others(furnished, monkeypatch, capfd):
-    monkeypatch.setattr(devices, "GRACE", 1.0)
+    monkeypatch.setattr(processes, "GRACE", 1.0)
+    monkeypatch.chdir(furnished)
     store = furnished / "lonely-store"
     words = command(furnished, "length", 2, "lonely", 1)
     dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    children = [
-        subprocess.Popen(one, cwd=furnished, env=ranks_env(), stderr=subprocess.DEVNULL)
-        for one in ([*words, "--place", f"0,2,{os.getpid()},{store}"], dies)
-    ]
+    both = processes.Processes()
     began = time.monotonic()
-    assert devices._ended(children) == 128 + signal.SIGKILL
+    both.start([[*words, "--place", f"0,2,{os.getpid()},{store}"], dies], ranks_env())
+    assert both.wait() == 128 + signal.SIGKILL
     assert time.monotonic() - began < 60
     assert "rank 1 of 2 was ended by SIGKILL" in capfd.readouterr().err
 
