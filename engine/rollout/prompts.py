@@ -55,6 +55,13 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
             actor.tokenizer, examples, min(room, config.max_prompt_length or room)
         )
         run.message(f"prompts: {dropped}")
+        texts = sum(isinstance(example.prompt, str) for example, _ in encoded)
+        if texts and getattr(actor.tokenizer, "chat_template", None):
+            run.message(
+                f"prompts: {texts:,} of {len(encoded):,} are texts, to which the model's chat "
+                'template is not applied; for it give messages: {"prompt": [{"role": "user", '
+                '"content": "..."}]}'
+            )
         return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 
     return mix(config.data, read)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from fusedrl.engine.base.activity import Activity
-from fusedrl.engine.base.errors import ConfigError, Stopped, as_shortage
+from fusedrl.engine.base.errors import ConfigError, Stopped, as_shortage, resume_command
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.optim.learner import Learner
@@ -281,11 +281,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             say(text)
 
     def _how_to_go_on(self) -> str:
-        return (
-            f"go on with: {command}"
-            if (command := RESUME_COMMAND.get())
-            else "go on with run.resume = True in the same configuration"
-        )
+        return f"go on with: {RESUME_COMMAND.get() or resume_command(self.directory)}"
 
     # ---- state -----------------------------------------------------------------------------------
     def restore(self, **parts: Any) -> None:
