@@ -1,6 +1,10 @@
 """Texts of others on a terminal."""
 
+import pytest
+
 from fusedrl.engine.base.printable import printable, shortened
+
+pytestmark = pytest.mark.cpu_only("texts alone")
 
 
 def test_nothing_steers_the_terminal():
