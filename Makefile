@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c const
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: venv demo test test-full test-page test-oldest lint types docs bench validate tables kernel-report first-light first-light-packages clean
+.PHONY: venv demo test test-full test-page test-oldest lint types docs sanitize fuzz torture soak bench validate tables kernel-report first-light first-light-packages clean
 
 venv: $(TOOLS)
 
@@ -46,6 +46,27 @@ test-oldest: venv
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps 'triton==3.6.*' 'numpy<2.4'
 	$(OLDEST)/bin/python -c "import numpy, torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)"
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not full and not real and not page" -k "triton or offline" tests/kernels
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of their own: the build (6 minutes on one core), the kernels' suites, and
+# a fuzzer of calls for FUZZ_MINUTES. It needs gcc's libasan, which Debian's gcc brings.
+FUZZ_MINUTES := 10
+sanitize: venv
+	$(VENV)/bin/python setup.py -q build --build-lib build/sanitized --build-temp build/sanitized-objects build_ext --sanitize address,undefined
+	$(VENV)/bin/python -m tests.support.sanitized build/sanitized --minutes $(FUZZ_MINUTES)
+
+# Fuzzers of the files that others write, guided by coverage, FUZZ_MINUTES each.
+fuzz: venv
+	$(PIP) atheris
+	for target in config safetensors index tokenizer gguf adapter lines manifest; do $(RUN) -m tests.support.fuzz_files run $$target --minutes $(FUZZ_MINUTES) || exit 1; done
+
+# Whole runs whose k-th file call fails, is cut short, late, or the last before power is lost: every k. `make torture STAGES=sft` tries one stage.
+STAGES := sft,reward,dpo,rejection,grpo,ppo
+torture: venv
+	$(RUN) -m tests.support.torture --stages $(STAGES)
+
+# 5,000 steps with everything on, watched from outside, and once more with 20 kills.
+soak: venv
+	$(RUN) -m tests.support.soak runs/soak --steps 5000 --resumes 20
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,9 @@ that fits the processor. Without a C++ compiler the install succeeds and says wh
 A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext
 --inplace`) stays where it is and has the one that this processor runs. Torch's headers take longer
 than most files' own code, so a build parses those once (csrc/cpu/include/precompiled.h).
+
+`build_ext --sanitize address,undefined` builds what the processor runs with those sanitizers of
+the compiler, for `make sanitize` alone: python has to be started with their libraries loaded first.
 """
 
 import platform
@@ -16,6 +19,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import setuptools
 from setuptools import find_namespace_packages, setup
@@ -117,13 +121,40 @@ def precompile(compiler, build_temp: Path, extension, digest: str) -> Path:
     return precompiled
 
 
+def sanitized(extension, names: str) -> None:
+    """Have an extension report, with a trace, what the sanitizers find. Conversions of floats that
+    no integer holds are looked for, too. Not looked for are types of torch's classes, which it
+    hides, and alignment: of vectors that are declared to lie anywhere (csrc/cpu/include/panels.h)
+    gcc checks references as if they were not."""
+    wanted = [f"-fsanitize={names}"]
+    if "undefined" in names:
+        wanted += ["-fsanitize=float-cast-overflow", "-fno-sanitize=vptr,alignment"]
+    slow = {"-O3": "-O1", "-g0": "-g1"}
+    flags = [slow.get(flag, flag) for flag in extension.extra_compile_args["cxx"]]
+    extension.extra_compile_args["cxx"] = [*flags, "-fno-omit-frame-pointer", *wanted]
+    extension.extra_link_args += wanted
+
+
 def build_command(base: type, digest: str) -> type:
     """The command that builds the extensions of every capability, or this machine's alone."""
 
     class Build(base):
+        user_options: ClassVar[list] = [
+            *base.user_options,
+            ("sanitize=", None, "sanitizers of the compiler, such as address,undefined"),
+        ]
+
+        def initialize_options(self) -> None:
+            super().initialize_options()
+            self.sanitize = None
+
         def finalize_options(self) -> None:
             super().finalize_options()
-            if self.inplace:
+            if self.inplace and self.sanitize:
+                sys.exit(
+                    "fusedrl: expected --sanitize without --inplace, got both; use --build-lib"
+                )
+            if self.inplace or self.sanitize:
                 self.extensions = [
                     extension
                     for extension in self.extensions
@@ -133,6 +164,8 @@ def build_command(base: type, digest: str) -> type:
         def build_extensions(self) -> None:
             wanted, built, build_temp = self.extensions, [], Path(self.build_temp)
             for extension in wanted:
+                if self.sanitize:
+                    sanitized(extension, self.sanitize)
                 self.extensions = [extension]
                 # the same sources, other flags: objects and headers of their own
                 self.build_temp = str(build_temp / extension.name)

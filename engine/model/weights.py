@@ -43,6 +43,7 @@ from fusedrl.engine.model.directories import (
 from fusedrl.engine.model.lora import merging
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_NAME = 255  # bytes of a file's name on Linux
 _OURS = re.compile(
     r".*\.safetensors|.*\.safetensors\.index\.json|(config|adapter_config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
     r"|tokenizer.*|merges\.txt|chat_template.*"
@@ -498,10 +499,14 @@ def _files(directory: Path) -> dict[str, Path]:
 
 def _inside(directory: Path, shard: str) -> Path:
     path = directory / shard
-    if Path(shard).name != shard or shard in ("", ".", ".."):
+    if (
+        Path(shard).name != shard
+        or shard in ("", ".", "..")
+        or len(shard.encode(errors="replace")) > _LONGEST_NAME
+    ):
         raise ValueError(
-            f"{directory / _INDEX}: expected the name of a file in this directory, got {shard!r} "
-            "in weight_map"
+            f"{directory / _INDEX}: expected the name of a file in this directory, got "
+            f"{shard[:200]!r} in weight_map"
         )
     real = path.resolve()
     # The hub's cache links snapshots/<revision>/<file> to blobs/<hash>; any other link out of the

@@ -38,6 +38,7 @@ from fusedrl.engine.parallel.ranks import ALONE, Ranks
 from fusedrl.engine.runs.files import (
     RunLock,
     flat,
+    make_directory,
     set_aside,
     sync_directory,
     write_file,
@@ -223,7 +224,7 @@ def _room_for(target: Path, temporary: Path) -> bool:
             return True
         except CheckpointError:
             _remove(target)  # it could never be loaded, and is in the new checkpoint's place
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(temporary.parent)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     return False

@@ -46,7 +46,7 @@ class RunLock:
                 "another --run.dir"
             )
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             self._file = _open_lock(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise SetupError(
@@ -178,6 +178,15 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it that are missing. The name of each new one is flushed to
+    the disk, so that a power loss does not take it with everything that was flushed in it."""
+    made = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for one in reversed(made):
+        sync_directory(one.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:

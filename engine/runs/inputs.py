@@ -8,8 +8,12 @@ users' code, and what is only measured.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
+import os
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -90,8 +94,8 @@ def files_of(config: Any) -> Digests:
 
 def told_of(config: Any) -> Digests:
     """Return the digests of files that may change while a run goes on: Python files that the user
-    gave, and data and rewards that are only measured. Modules that such a file imports are not
-    among them."""
+    gave, with those of the user's own modules that they import, and data and rewards that are only
+    measured."""
     found = {
         f"reward {spec}": _of_code(spec)
         for spec in getattr(config, "reward", ())
@@ -129,7 +133,55 @@ def _of_model(model: str, *, weights: bool = True) -> dict[str, str]:
 
 def _of_code(spec: Any) -> dict[str, str]:
     path = str(spec).rpartition(":")[0]
-    return _digests([Path(path)] if path.endswith(".py") else [])
+    if not path.endswith(".py"):
+        return {}
+    found: list[Path] = []
+    _follow(Path(path).resolve(), found)
+    root = Path(path).resolve().parent
+    return {os.path.relpath(one, root): file_digest(one) for one in found}
+
+
+def _follow(path: Path, found: list[Path]) -> None:
+    """Add a Python file to `found`, and the files of the modules that it imports, as its text says,
+    and theirs. Nothing is imported for that. Left out are the standard library and installed
+    packages: their versions are no part of the user's code."""
+    if path in found or not path.is_file():
+        return
+    found.append(path)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            for one in _files_of_module(name):
+                _follow(one, found)
+
+
+def _files_of_module(name: str) -> list[Path]:
+    """Return the Python files of a module of the user's, and of the packages that it is in."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError, AttributeError):
+        return []
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return []
+    at = Path(spec.origin).resolve()
+    installed = [Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib")]
+    if any(root in at.parents for root in installed) or top == "fusedrl":
+        return []
+    files, directory = [at], at.parent
+    for part in rest:
+        files += [directory / f"{part}.py", directory / part / "__init__.py"]
+        directory = directory / part
+    return [one for one in files if one.is_file()]
 
 
 def _digests(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:

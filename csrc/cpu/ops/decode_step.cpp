@@ -333,7 +333,15 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
              const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& learned,
              const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& cos, const Tensor& sin, const c10::List<std::optional<Tensor>>& parts,
              at::IntArrayRef windows, at::IntArrayRef ropes, Options options, const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices) {
+  TORCH_CHECK_VALUE(token_ids.dim() == 1 && positions.sizes() == token_ids.sizes() && rows.sizes() == token_ids.sizes() && block_table.dim() == 2 &&
+                        (!out_slots || out_slots->dim() == 1),
+                    "decode_step: expected token_ids, positions and rows [N], block_table [B, M] and out_slots [R], got ", token_ids.sizes(), ", ",
+                    positions.sizes(), ", ", rows.sizes(), ", ", block_table.sizes(), out_slots ? c10::str(" and ", out_slots->sizes()) : "");
+  TORCH_CHECK_VALUE(embedding.dim() == 2 && k_cache.dim() == 5, "decode_step: expected embedding [V, H] and k_cache [L, blocks, heads, D, S], got ",
+                    embedding.sizes(), " and ", k_cache.sizes());
   const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
+  TORCH_CHECK_VALUE(v_cache.sizes() == at::IntArrayRef({k_cache.size(0), k_cache.size(1), kv_heads, S, D}),
+                    "decode_step: expected v_cache [L, blocks, heads, S, D] beside a k_cache of ", k_cache.sizes(), ", got ", v_cache.sizes());
   TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L && static_cast<int64_t>(ropes.size()) == L,
                     "decode_step: expected ", int{PARTS}, " parts and a rope of each of ", L, " layers");
   TORCH_CHECK_VALUE(kv_heads > 0 && D > 0 && S > 0, "decode_step: expected a cache with key/value heads, a head dim and slots, got ", k_cache.sizes());
@@ -352,7 +360,7 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
                       " lacks its o, gate_up or down weight");
     const int64_t heads = o->size(1) / D, F = down->size(1);
     const bool gated = gate_up->size(0) != F;
-    TORCH_CHECK_VALUE(heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads && gated == z.gated)),
+    TORCH_CHECK_VALUE(heads > 0 && heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads && gated == z.gated)),
                       "decode_step: expected layers of one shape and query heads in equal groups, got head dim ", D, ", ", heads, " heads, ", kv_heads,
                       " key/value heads, F ", F, gated ? ", gated" : ", not gated", " in layer ", l);
     z.heads = heads;

@@ -95,6 +95,7 @@ class Live {
     return scratch.data();
   }
   void scatter(const float* staged, float* out) const {
+    if (length_ == 0) return;  // an empty result may have no memory at all
     if (!gaps_) {
       std::memset(out, 0, first_ * sizeof(float));
       std::memset(out + first_ + n, 0, (length_ - first_ - n) * sizeof(float));

@@ -231,7 +231,16 @@ def test_tensors_that_do_not_fit_are_listed(saved, device):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""]
+    "shard",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "..",
+        "",
+        "x" * 256,
+        "é" * 128,
+    ],
 )
 def test_weight_maps_that_leave_the_directory(saved, shard, device):
     (saved / "model.safetensors.index.json").write_text(

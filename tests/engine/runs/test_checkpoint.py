@@ -265,8 +265,9 @@ def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch, dev
     )
     _save(device, tmp_path, 7)
     files = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
-    assert set(trace[:4]) == {("fsync", name) for name in files}
-    assert trace[4:] == [
+    assert trace[0] == ("fsync", tmp_path.name)  # the name of the new directory checkpoints
+    assert set(trace[1:5]) == {("fsync", name) for name in files}
+    assert trace[5:] == [
         ("fsync", MANIFEST),
         ("fsync", ".tmp_step_00000007"),
         ("rename", "step_00000007"),

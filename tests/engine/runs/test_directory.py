@@ -1,5 +1,8 @@
 """How a run directory is opened: what changed since, what cannot be read now, what an earlier
-process left, and who holds it."""
+process left, and who holds it.
+
+One file: the run that reads everything one can, of which each test changes a part.
+"""
 
 import contextlib
 import errno
@@ -7,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -151,6 +155,33 @@ def test_code_of_rewards_and_what_is_only_measured_are_told_of(config, tmp_path,
         assert all(note.startswith("from step 6 on, ") for note in run.notes)
     (line,) = map(json.loads, (tmp_path / "run" / CHANGES).read_text().splitlines())
     assert all("mine.py" in one or "rows" in one for one in line["changed"])
+    with RunDirectory(resumed(config)) as run:
+        assert run.notes == []
+
+
+def test_modules_that_a_reward_imports_are_told_of(config, tmp_path, monkeypatch):
+    beside = {
+        "mine.py": "import json, torch\nfrom told_pack.deep import two\nimport told_one\n",
+        "told_one.py": "import told_two, missing_anywhere\n",
+        "told_two.py": "import told_one\n",
+        "told_pack/__init__.py": "",
+        "told_pack/deep.py": "two = 2\n",
+        "told_pack/other.py": "",
+        "told_three.py": "this is no Python",
+    }
+    for name, text in beside.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    read = {"mine.py", "told_one.py", "told_two.py", "told_pack/__init__.py", "told_pack/deep.py"}
+    assert set(told_of(config)[f"reward {config.reward[0]}"]) == read
+    assert not {"told_one", "told_two", "told_pack"} & set(sys.modules)
+    begin(config)
+    (tmp_path / "told_two.py").write_text("import told_three\n")
+    with RunDirectory(resumed(config)) as run:
+        told = " ".join(run.notes)
+    assert re.search(r"told_two\.py holds something else .*told_three\.py .*absent -> ", told)
+    (tmp_path / "told_pack/other.py").write_text("unread = 1\n")
     with RunDirectory(resumed(config)) as run:
         assert run.notes == []
 
