@@ -39,8 +39,13 @@ from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
 from fusedrl.engine.parallel.lanes import costs_of, deal
 from fusedrl.engine.parallel.ranks import ALONE
+from fusedrl.kernels.linear_head import largest_workspace
 from fusedrl.kernels.linear_logprob import linear_logprob
-from fusedrl.kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from fusedrl.kernels.linear_policy_loss import (
+    LinearPolicyLoss,
+    computes_in_scratch,
+    linear_policy_loss,
+)
 from fusedrl.kernels.objective import PolicyObjective
 
 _LIKELIHOOD = PolicyObjective(kind="reinforce")  # used with all advantages 1
@@ -127,7 +132,7 @@ class HybridActor:
         self.activity = Activity()
         self._generator: Generator | None = None
         self._making = threading.Lock()  # held while a generator is created
-        self._lent = False
+        self._lent: Arena | None = None  # while the cache's memory is lent
 
     @classmethod
     def from_pretrained(
@@ -375,15 +380,12 @@ class HybridActor:
             RuntimeError: completions are in progress, `generate` is called inside the block, or an
                 autograd graph made inside outlives the block (it then keeps the memory).
         """
-        if (generator := self._generator) is None or self._lent:
+        if (generator := self._generator) is None or self._lent is not None:
             yield None
             return
-        arena, self._lent = (
-            Arena(
-                generator.vacate(),
-                keep=[*self.parameters(), *(p for other in others for p in other.parameters())],
-            ),
-            True,
+        arena = self._lent = Arena(
+            generator.vacate(),
+            keep=[*self.parameters(), *(p for other in others for p in other.parameters())],
         )
         try:
             with arena.holding():
@@ -403,7 +405,7 @@ class HybridActor:
     def _end_loan(self, generator: Generator, arena: Arena) -> int:
         """Give the cache back to the sampler. Return the number of its bytes that are still in use;
         if there are any, the sampler allocates a new cache next time."""
-        self._lent = False
+        self._lent = None
         if held := arena.used:
             self._generator = None
         else:
@@ -411,7 +413,7 @@ class HybridActor:
         return held
 
     def _generation(self) -> Generator:
-        if self._lent:
+        if self._lent is not None:
             raise RuntimeError(
                 "HybridActor.generate: the KV cache is lent to training; leave the lend_cache() "
                 "block first"
@@ -542,6 +544,11 @@ class HybridActor:
             for x in (old_logp, ref_logp, rollout_logp)
         )
         advantages_N, weights_N = (batch.to_previous(x).to(wide) for x in (advantages_N, weights_N))
+        scratch = None
+        if self._lent is not None and computes_in_scratch(head_VH.device):
+            scratch = self._lent.spare(
+                largest_workspace(len(labels_N), len(head_VH), head_VH.element_size())
+            )
         with own_precision(head_VH.device):
             found = linear_policy_loss(
                 hidden_NH,
@@ -555,6 +562,7 @@ class HybridActor:
                 cu_seqlens=batch.cu_seqlens,
                 temperature=T,
                 softcap=softcap,
+                scratch=scratch,
                 **terms,
             )
         logp_N, entropy_N = (

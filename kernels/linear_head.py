@@ -36,14 +36,36 @@ def _narrow(a: Tensor, b: Tensor) -> torch.dtype | None:
     return dtype if a.is_cuda and dtype.itemsize == 2 else None
 
 
-def workspace(workspace_bytes: int | None, N: int, V: int) -> int:
-    """Return the bytes for a chunk's float32 logits: `workspace_bytes` if given, else the smaller
-    of 256 MiB and an eighth of the full logits, but at least 4 MiB."""
-    return (
-        max(4 * _MEBI, min(256 * _MEBI, N * V * 4 // 8))
-        if workspace_bytes is None
-        else workspace_bytes
-    )
+ROWS = (
+    1024  # of logits a chunk has on a GPU; with fewer, reading weight takes longer than a product
+)
+
+
+def workspace(
+    workspace_bytes: int | None,
+    N: int,
+    V: int,
+    device: torch.device | None = None,
+    of_row: int = 4,
+    gradients: int = 0,
+) -> int:
+    """Return the bytes for a chunk's logits: `workspace_bytes` if given.
+
+    By default, on a CPU: the smaller of 256 MiB and an eighth of the full float32 logits, but at
+    least 4 MiB. On a GPU (`device`): 1,024 rows of `of_row` bytes a logit, and 2,048 rows of
+    `gradients` bytes a logit; fewer rows if N is smaller.
+    """
+    if workspace_bytes is not None:
+        return workspace_bytes
+    if device is None or device.type == "cpu":
+        return max(4 * _MEBI, min(256 * _MEBI, N * V * 4 // 8))
+    columns = -(-V // 64) * 64
+    return max(4 * _MEBI, columns * (min(N, ROWS) * of_row + min(N, 2 * ROWS) * gradients))
+
+
+def largest_workspace(N: int, V: int, itemsize: int) -> int:
+    """Return the bytes for the logits of N rows and all their gradients, of `itemsize` bytes."""
+    return N * (-(-V // 64) * 64) * (4 + itemsize)
 
 
 KEPT_BYTES = 64 * _MEBI

@@ -3,10 +3,11 @@
 // The mathematics and numerics are those of kernels/sampling/. A warp owns a segment of consecutive tokens and reads it with an online maximum of each
 // lane, so that the one read of a row needs no barrier; the draw picks a segment by its sum and reads that segment again. Truncation has no sort: the key
 // of the last token kept is searched for by its bits, two a pass, from sums over what lies at or above three keys; a pass that leaves one token to decide
-// on is the last. Which thread takes a token depends on its id alone, and sums have a fixed order: a row's bits do not depend on where it lies.
+// on is the last. top-p first collects the tokens that are not too light to be kept in shared memory; where they fit, all passes after that read no row. Which thread takes a token depends on its id alone, and sums have a fixed order: a row's bits do not depend on where it lies.
 //
 // Options   DTYPE=0: float32; 1: bfloat16; 2: float16.
-// Bytes     V s a row, read once from memory and then from cache: 1 / kWarps of it to draw; with truncation the passes of the search and one more.
+// Bytes     V s a row, read once from memory and then from cache: 1 / kWarps of it to draw; two reads for top-p, which more where over kSurvivors tokens
+//           survive; for top-k the passes of the search and one more.
 #include "common.cuh"
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
@@ -98,6 +99,15 @@ struct Shared {  // of every warp; two of what is written pass after pass, so th
     float top[2][kWarps];  // of all, of what may be drawn
     float lowest[kWarps];
     double S[kWarps], W[kWarps];
+};
+
+constexpr int kSurvivors = 4096;
+constexpr double kMostP = 0.9999;  // beyond it nearly everything survives, and rounding decides
+
+struct Survivors {  // of top-p: whatever can be kept, in an order that depends on the ids alone
+    float logit[kSurvivors];
+    int id[kSurvivors];
+    int of_warp[kWarps];
 };
 
 __device__ __forceinline__ int warp_min(int x) {
@@ -210,9 +220,39 @@ struct Threshold {
     bool decided;  // the key may lie between two tokens: all above or at it stay
 };
 
-// The largest key, not below `floor`, at or above which the candidates number (kMass: weigh) at least `target`.
-template <bool kMass>
-__device__ __forceinline__ Threshold search(const Row& row, double target, int floor, Shared& shared, int& turn) {
+// Puts the tokens that `survives` names into shared memory, of which this thread has `own`. Returns their number; if there are too many, none is written.
+template <class F>
+__device__ __forceinline__ int collect(const Row& row, int own, F survives, Survivors& survivors) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int place = own;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int left = __shfl_up_sync(kAllLanes, place, distance);
+        if (lane >= distance) place += left;
+    }
+    if (lane == 31) survivors.of_warp[warp] = place;
+    __syncthreads();
+    place -= own;
+    int total = 0;
+    for (int other = 0; other < kWarps; ++other) {
+        if (other == warp) place += total;
+        total += survivors.of_warp[other];
+    }
+    if (total > kSurvivors) return total;
+    row.walk([&](int v, const float*, const float* c) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+            if (survives(c[i])) survivors.logit[place] = c[i], survivors.id[place++] = v + i;
+        }
+    });
+    __syncthreads();
+    return total;
+}
+
+// The largest key, not below `floor`, at or above which the candidates number (kMass: weigh) at least `target`. walk(f) calls f(logits, their number) for
+// this thread's candidates.
+template <bool kMass, class Walk>
+__device__ __forceinline__ Threshold search(const Row& row, Walk walk, double target, int floor, Shared& shared, int& turn) {
     Threshold result = {kNone >> (32 - kBits), 0.0, false};
     double at_least = row.V, beyond = 0.0;  // candidates from the key on, and from the end of what is still open on
 #pragma unroll 1
@@ -220,10 +260,10 @@ __device__ __forceinline__ Threshold search(const Row& row, double target, int f
         const int t[3] = {result.key + unit, result.key + unit + unit, result.key + unit + unit + unit};
         int n[3] = {};
         double m[3] = {};
-        row.walk([&](int, const float*, const float* c) {
+        walk([&](const float* c, int width) {
             float part[3] = {};
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
+            for (int i = 0; i < width; ++i) {
                 const int key = row.scaled(c[i]) >= kSmallest ? key_of(c[i]) : kNone;
                 const float w = kMass ? row.weight(c[i]) : 0.0f;
 #pragma unroll
@@ -273,6 +313,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sample(
     const unsigned char* suppress, int64* ids, float* logp, float* logp_processed, float* entropy, int64* kept_count, int* cuts, int V, int64 row_stride,
     int T_step, int k_step, int p_step, int m_step) {
     __shared__ Shared shared;
+    __shared__ Survivors survivors;
     const int64 n = blockIdx.x;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int turn = 0;
@@ -348,15 +389,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sample(
         if (lane == 0) shared.segment[warp] = own.S;
         __syncthreads();
     } else {
+        const auto walk_row = [&](auto f) { row.walk([&](int, const float*, const float* c) { f(c, kWidth); }); };
+        int survived = kSurvivors + 1;  // more than fit: all passes read the row
+        double seen = 0.0;              // tokens of probability, where survivors were counted
         double quota = V;  // of the tokens at the threshold
         if (k < V) {
-            const Threshold by_k = search<false>(row, k, kNone, shared, turn);
+            const Threshold by_k = search<false>(row, walk_row, k, kNone, shared, turn);
             threshold = by_k.key;
             if (!by_k.decided) quota = k - by_k.above;
         }
         if (p < 1.0) {
-            double x[2] = {};  // the weight above the threshold, and the tokens at it
-            row.walk([&](int, const float*, const float* c) {
+            // What is lighter than this weighs less than half of what top-p cuts off, taken together: it cannot be kept. All candidates weigh 1 or more.
+            const float least = float((1.0 - p) * 0.5 / V * (k == V && suppress == nullptr ? sums.S : 1.0));
+            const int from = threshold;
+            const auto survives = [&](float c) { return row.weight(c) >= least && row.scaled(c) >= kSmallest && key_of(c) >= from; };
+            double x[3] = {};  // the weight above the threshold, the tokens at it, the tokens of probability
+            int own = 0;
+            row.walk([&](int, const float* all, const float* c) {
                 float part = 0.0f;
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
@@ -364,13 +413,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sample(
                     const int key = key_of(c[i]);
                     part += key > threshold ? w : 0.0f;
                     x[1] += key == threshold && w > 0.0f;
+                    x[2] += (all[i] - top) * row.inverse >= kSmallest;
+                    own += survives(c[i]);
                 }
                 x[0] += part;
             });
             block_sums(x, shared, turn);
+            seen = x[2];
+            if (p <= kMostP) survived = collect(row, own, survives, survivors);
             const double equals = x[1] < quota ? x[1] : quota;
             const double target = p * (x[0] + (equals > 0.0 ? equals * row.weight(logit_of(threshold)) : 0.0));
-            const Threshold by_p = search<true>(row, target, threshold, shared, turn);
+            const auto walk_survivors = [&](auto f) {
+                for (int i = int(threadIdx.x); i < survived; i += kThreads) f(survivors.logit + i, 1);
+            };
+            const Threshold by_p = survived <= kSurvivors ? search<true>(row, walk_survivors, target, threshold, shared, turn)
+                                                          : search<true>(row, walk_row, target, threshold, shared, turn);
             const float w = row.weight(logit_of(by_p.key));
             double share = V;
             if (!by_p.decided && w > 0.0f) share = fmax(ceil((target - by_p.above) / w), 1.0);
@@ -390,20 +447,36 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sample(
         const float cut = m > 0.0 ? float(log(m)) : -infinity();
         double x[2] = {}, own = 0.0;  // kept, dropped; weight
         int low = kNoId;
-        row.walk([&](int v, const float* all, const float* c) {
-            float part = 0.0f;
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                const float w = row.weight(c[i]);
-                const int key = key_of(c[i]);
-                const bool keep = w > 0.0f && row.scaled(c[i]) >= cut && (key > threshold || (key == threshold && v + i <= last));
-                part += keep ? w : 0.0f;
-                x[0] += keep;
-                x[1] += !keep && (all[i] - top) * row.inverse >= kSmallest;
-                low = keep && key < low ? key : low;
+        const auto keeps = [&](int v, float c, int key, float w) {
+            return w > 0.0f && row.scaled(c) >= cut && (key > threshold || (key == threshold && v <= last));
+        };
+        if (survived <= kSurvivors) {  // a warp takes those of its segment
+            for (int i = lane; i < survived; i += 32) {
+                const float c = survivors.logit[i], w = row.weight(c);
+                const int v = survivors.id[i], key = key_of(c);
+                if (v / row.segment() != warp || !keeps(v, c, key, w)) continue;
+                own += w;
+                x[0] += 1.0;
+                x[1] -= (c - top) * row.inverse >= kSmallest;
+                low = key < low ? key : low;
             }
-            own += part;
-        });
+            if (threadIdx.x == 0) x[1] += seen;
+        } else {
+            row.walk([&](int v, const float* all, const float* c) {
+                float part = 0.0f;
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) {
+                    const float w = row.weight(c[i]);
+                    const int key = key_of(c[i]);
+                    const bool keep = keeps(v + i, c[i], key, w);
+                    part += keep ? w : 0.0f;
+                    x[0] += keep;
+                    x[1] += !keep && (all[i] - top) * row.inverse >= kSmallest;
+                    low = keep && key < low ? key : low;
+                }
+                own += part;
+            });
+        }
         set_segments(own, shared);
         block_sums(x, shared, turn);
         count = int(x[0]), dropped = int(x[1]);

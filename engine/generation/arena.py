@@ -1,4 +1,5 @@
-"""Arena: memory that is unused during training, such as the KV cache, lent to the forward pass.
+"""Arena: memory that is unused during training, such as the KV cache, lent to the forward pass and
+to the head's workspace.
 
 Inside `holding`, tensors that autograd saves for the backward pass are copied into this memory, so
 that the originals are freed as soon as the forward pass drops them. A whole storage is copied, and
@@ -41,6 +42,10 @@ class _Region:
         self.ranges.append((start + size, StorageWeakRef(found)))
         return found
 
+    def left(self) -> int:
+        """Return the bytes behind the top of the stack."""
+        return max(0, self.storage.nbytes() - -(-self.settle() // _ALIGNMENT) * _ALIGNMENT)
+
     def settle(self) -> int:
         """Drop ranges whose storage has died from the top of the stack. Return the end of the range
         on top."""
@@ -78,6 +83,16 @@ class Arena:
         block."""
         with saved_tensors_hooks(self._pack, lambda held: held):
             yield
+
+    def spare(self, most: int) -> Tensor | None:
+        """Take up to `most` bytes that nothing occupies, as one uint8 tensor of any contents, or
+        None if there are none. They are free again once the tensor is dropped."""
+        region = max(self._regions, key=_Region.left)
+        size = min(most, region.left() // _ALIGNMENT * _ALIGNMENT)
+        found = region.take(size) if size > 0 else None
+        if found is None:
+            return None
+        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(found, 0, (size,), (1,))
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = (

@@ -593,6 +593,16 @@ class Planner:
             2 * each if whole and keeps_logits(None, 2 * each) else 0
         )
 
+    def _head_workspace(self, tokens: int, checkpointed: bool) -> int:
+        """Return the bytes of logits, and on a GPU of their gradients, that the head allocates. On
+        a GPU it computes in what the activations leave of the KV pool if that is enough."""
+        V = self.model.vocab_size
+        if self.device.type == "cpu":
+            return min(workspace(None, tokens, V), 4 * tokens * V)
+        needed = workspace(None, tokens, V, self.device, gradients=self._e)
+        idle = self.kv_pool - self.activation_bytes(tokens, checkpointed)
+        return 0 if idle >= needed else needed
+
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
         """Return the bytes of activations that do not fit into the KV pool's memory, which training
         borrows."""
@@ -620,7 +630,7 @@ class Planner:
                 4 * N * c.vocab_size,
                 c.vocab_size * c.hidden_size if self._imitates else head,
             )
-            logits = min(workspace(None, N, c.vocab_size), each)
+            logits = self._head_workspace(N, checkpointed)
             if isinstance(self.config, PolicyConfig) and self.config.strict:
                 # the backward pass holds the logits and their gradient
                 logits = 2 * each if keeps_logits(None, each) else logits

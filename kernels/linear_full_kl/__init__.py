@@ -65,12 +65,19 @@ def linear_full_kl_reference(
     )
 
 
+def chunk_bytes(workspace_bytes: int | None, N: int, V: int, device: torch.device) -> int:
+    """Return the bytes for a chunk of both heads' logits."""
+    if device.type == "cpu":
+        return workspace(workspace_bytes, 2 * N, V)
+    return workspace(workspace_bytes, N, V, device, of_row=8)
+
+
 # ---- torch, a chunk at a time --------------------------------------------------------------------
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
         return (
-            rows.split(max(1, workspace(workspace_bytes, 2 * N, V) // (8 * V)))
+            rows.split(max(1, chunk_bytes(workspace_bytes, N, V, rows.device) // (8 * V)))
             if rows.numel()
             else ()
         )
@@ -231,7 +238,7 @@ def linear_full_kl(
             anything. If None, every row counts.
         workspace_bytes: bound of a chunk's float32 logits, those of both heads together; the chunk
             holds at least one row. Default: the smaller of 256 MiB and an eighth of the full
-            logits, but never less than 4 MiB.
+            logits, but never less than 4 MiB; on a GPU, 1,024 rows.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         [N] float32. Differentiable once in hidden, weight and bias.
@@ -294,7 +301,8 @@ def linear_full_kl(
     )
     if chosen_impl == "triton":
         return torch.ops.fusedrl.linear_full_kl_triton(
-            *inputs, workspace(workspace_bytes, 2 * hidden.shape[0], weight.shape[0])
+            *inputs,
+            chunk_bytes(workspace_bytes, hidden.shape[0], weight.shape[0], hidden.device),
         )[0]
     return torch.ops.fusedrl.linear_full_kl(
         *inputs, -1 if workspace_bytes is None else workspace_bytes

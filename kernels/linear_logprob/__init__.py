@@ -79,7 +79,9 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
         return (
-            rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
+            rows.split(max(1, workspace(workspace_bytes, N, V, rows.device) // (4 * V)))
+            if rows.numel()
+            else ()
         )
 
     @staticmethod
@@ -274,8 +276,8 @@ def linear_logprob(
             over only these tokens.
         workspace_bytes: bound of the chunk's float32 logits; the chunk holds at least one row.
             Default: the smaller of 256 MiB and an eighth of the full logits, but never less than 4
-            MiB, since thin chunks make slow products. In C++ the logits are stored for the backward
-            if all of them fit the given bound (64 MiB if None).
+            MiB, since thin chunks make slow products; on a GPU, 1,024 rows of logits. In C++ the
+            logits are stored for the backward if all of them fit the given bound (64 MiB if None).
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         logp [N], or (logp [N], entropy [N]); float32. Differentiable once in hidden, weight and
@@ -315,7 +317,8 @@ def linear_logprob(
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, weight.shape[0], ignore_index)
     if chosen == "triton" and kept is None:
-        room = workspace(workspace_bytes, hidden.shape[0], weight.shape[0])
+        of_row = 4 + hidden.dtype.itemsize
+        room = workspace(workspace_bytes, hidden.shape[0], weight.shape[0], hidden.device, of_row)
         logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(*arguments, ignore_index, room)
         return (logp, entropies) if entropy else logp
     logp, entropies = _Chunked.apply(

@@ -1,20 +1,23 @@
-"""linear_logprob in Triton: the forward is one product whose epilogue reduces every 32 logits to
+"""linear_logprob in Triton: the forward is one product whose epilogue reduces every 128 logits to
 three numbers, so that no logit is ever written.
 
 The mathematics and numerics are those of __init__.py.
 
-Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap). For each row and
-          part of 32 columns it writes the maximum m, S = sum e^d and W = sum d e^d with d = (z - m)
-          / T, and the label's logit if the part contains it. A second kernel merges a row's parts
-          in the order of the vocabulary. A row's arithmetic depends only on V, H and the dtype: not
-          on N, the other rows, the workspace, or a later backward. Rows to skip are sorted to the
-          end on the device, and programs with only such rows stop: the host reads nothing.
+Forward   as many programs as the GPU runs at once take one tile after the other. A program forms
+          BLOCK_R x BLOCK_V logits in registers (bias, softcap). For each row and part of 128
+          columns it writes the maximum m, S = sum 2^d and W = sum d 2^d with d = (z - m) log2(e) /
+          T, and the label's logit if the tile contains it. A second kernel merges a row's parts in
+          the order of the vocabulary. A row's arithmetic depends only on V, H and the dtype: not on
+          N, the other rows, the workspace, or a later backward. Rows to skip are sorted to the end
+          on the device, and no tile has only such rows: the host reads nothing. The tile
+          is the largest that spills no register: 128 x 256 on sm_90 and sm_100, 128 x 128 on sm_80
+          and gfx942, 64 x 128 in float32.
 Backward  torch's product computes the logits of R rows and C columns again, then comes their
           gradient, then the two products of that tile. A float32 gradient overwrites the logits; in
           a narrower dtype it is a separate tensor. The float32 sums move 8 H (1 / R + 1 / C) bytes
           per logit, so tiles are square. With chunks of whole rows, weight's gradient would pass
-          through memory once for every 400 rows or so of 256 MiB.
-Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 4 for the parts, written
+          through memory once for every chunk.
+Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 16 for the parts, written
           and read; the logits would be 8 N V.
 Host      the forward never waits. The backward reads once which rows a gradient reaches.
 Source    __init__.py; partial results per tile as in Wijmans et al. (2024), Cut your losses in
@@ -34,16 +37,33 @@ from torch import Tensor
 
 from fusedrl.kernels.runtime import faults
 
-# BLOCK_R, BLOCK_V, BLOCK_H, warps, stages. The wide tile has no registers left for the addresses of
-# logits to be written, and its operands do not fit the 64 KB that AMD's processors share.
-_WIDE, _NARROW, _FLOAT32 = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 16, 8, 2)
+
+class Tile(NamedTuple):
+    """A program's rows, columns and inputs at a time; its warps and pipeline stages; whether what
+    follows the product takes the columns by halves, one after the other."""
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+    halves: bool = False
+
+
+FLOAT32, NARROW = Tile(64, 128, 32, 8, 2), Tile(128, 128, 64, 8, 3)
+# The largest of two-byte inputs that spill no register, by the major version of compute
+# capability: of 128 x 256, what follows takes too many registers on sm_80, and the operands do not
+# fit the shared memory of any other.
+WIDE = {9: Tile(128, 256, 64, 8, 3), 10: Tile(128, 256, 64, 8, 3, halves=True)}
 BLOCK_ROWS = 128
 # columns whose partial results are kept together; one number for all tiles, so that they merge in
 # one order
-_PART = 32
+_PART = 128
 _GROUP = 16  # row tiles that share a tile of weight while it is in L2
 _COMBINE_ROWS, _COMBINE_PARTS = 16, 64
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_WARPS = 4, 1024, 8
+_LOG2_E, _LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_LEAST = tl.constexpr(-290.0)  # 2 to this power is 0, and not -inf times 0 of a masked logit
 # whose tl.dot takes the bits of bfloat16 for integers: operands are widened there, exactly
 _INTERPRETED = triton.knobs.runtime.interpret
 
@@ -70,7 +90,7 @@ def _halves(z):
 @triton.jit
 def _keep(
     z,
-    part,
+    tile_V,
     i,
     limit,
     bias_ptr,
@@ -84,135 +104,51 @@ def _keep(
     begin,
     end,
     V,
+    logits_width,
     SOFTCAP: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Store the partial results of rows i, up to `limit`, over one part of the vocabulary."""
-    WIDTH: tl.constexpr = z.shape[1]
+    """Store the partial results of rows i, up to `limit`, over one tile of the vocabulary, in parts
+    of PART columns; and the logits, if they are kept."""
+    BLOCK_R: tl.constexpr = z.shape[0]
+    BLOCK_V: tl.constexpr = z.shape[1]
+    PARTS: tl.constexpr = BLOCK_V // PART
     inside = i < limit
-    v = part * WIDTH + tl.arange(0, WIDTH)
+    first = tile_V * BLOCK_V
+    v = first + tl.arange(0, BLOCK_V)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(tl.float32)[None, :]
     if SOFTCAP:
         z = _cap(z, softcap)
     local = (i - begin).to(tl.int64)
     if logits_ptr is not None:
         tl.store(
-            logits_ptr + local[:, None] * V + v[None, :], z, mask=inside[:, None] & (v < V)[None, :]
+            logits_ptr + local[:, None] * logits_width + v[None, :],
+            z,
+            mask=inside[:, None] & (v < logits_width)[None, :],
         )
     label = tl.load(ids_ptr + i, mask=inside, other=-1)
-    here = (label >= part * WIDTH) & (label < tl.minimum(part * WIDTH + WIDTH, V))
-    tl.store(
-        label_ptr + i, tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1), mask=inside & here
-    )
-    T = temperature
+    here = (label >= first) & (label < tl.minimum(first + BLOCK_V, V))
+    if tl.max(here.to(tl.int32), 0) > 0:  # few tiles hold a label
+        picked = tl.sum(tl.where(v[None, :] == label[:, None].to(tl.int32), z, 0.0), 1)
+        tl.store(label_ptr + i, picked, mask=here)
+    if first + BLOCK_V > V:  # the last tile alone
+        z = tl.where((v < V)[None, :], z, -float("inf"))
+    scale = (1.0 / temperature) * _LOG2_E
     if temperatures_ptr is not None:
-        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
-    z = tl.where((v < V)[None, :], z, -float("inf"))
-    m = tl.max(z, 1)
-    d = (z - _base(m)[:, None]) * (1.0 / T)
-    e = tl.exp(d)
-    at = partials_ptr + part.to(tl.int64) * (end - begin) + local
-    plane = tl.cdiv(V, WIDTH).to(tl.int64) * (end - begin)
-    kept = i < tl.where(part * WIDTH < V, limit, begin)
+        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)
+        scale = ((1.0 / T) * _LOG2_E)[:, None, None]
+    z = tl.reshape(z, [BLOCK_R, PARTS, PART])
+    m = tl.max(z, 2)
+    d = (z - _base(m)[:, :, None]) * scale
+    e = tl.exp2(d)
+    part = tile_V * PARTS + tl.arange(0, PARTS)
+    at = partials_ptr + part.to(tl.int64)[None, :] * (end - begin) + local[:, None]
+    plane = tl.cdiv(V, PART).to(tl.int64) * (end - begin)
+    kept = inside[:, None] & (part * PART < V)[None, :]
     tl.store(at, m, mask=kept)
-    tl.store(at + plane, tl.sum(e, 1), mask=kept)
-    tl.store(at + 2 * plane, tl.sum(tl.where(e > 0.0, d, 0.0) * e, 1), mask=kept)
-
-
-@triton.jit
-def _keep_four(
-    z,
-    four,
-    i,
-    limit,
-    bias_ptr,
-    ids_ptr,
-    temperatures_ptr,
-    logits_ptr,
-    partials_ptr,
-    label_ptr,
-    temperature,
-    softcap,
-    begin,
-    end,
-    V,
-    SOFTCAP: tl.constexpr,
-):
-    left, right = _halves(z)
-    a, b = _halves(left)
-    _keep(
-        a,
-        4 * four,
-        i,
-        limit,
-        bias_ptr,
-        ids_ptr,
-        temperatures_ptr,
-        logits_ptr,
-        partials_ptr,
-        label_ptr,
-        temperature,
-        softcap,
-        begin,
-        end,
-        V,
-        SOFTCAP,
-    )
-    _keep(
-        b,
-        4 * four + 1,
-        i,
-        limit,
-        bias_ptr,
-        ids_ptr,
-        temperatures_ptr,
-        logits_ptr,
-        partials_ptr,
-        label_ptr,
-        temperature,
-        softcap,
-        begin,
-        end,
-        V,
-        SOFTCAP,
-    )
-    c, d = _halves(right)
-    _keep(
-        c,
-        4 * four + 2,
-        i,
-        limit,
-        bias_ptr,
-        ids_ptr,
-        temperatures_ptr,
-        logits_ptr,
-        partials_ptr,
-        label_ptr,
-        temperature,
-        softcap,
-        begin,
-        end,
-        V,
-        SOFTCAP,
-    )
-    _keep(
-        d,
-        4 * four + 3,
-        i,
-        limit,
-        bias_ptr,
-        ids_ptr,
-        temperatures_ptr,
-        logits_ptr,
-        partials_ptr,
-        label_ptr,
-        temperature,
-        softcap,
-        begin,
-        end,
-        V,
-        SOFTCAP,
-    )
+    tl.store(at + plane, tl.sum(e, 2), mask=kept)
+    tl.store(at + 2 * plane, tl.sum(tl.maximum(d, _LEAST) * e, 2), mask=kept)
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "H", "hidden_stride", "weight_stride"])
@@ -235,6 +171,7 @@ def _logits_kernel(
     H,
     hidden_stride,
     weight_stride,
+    logits_width,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -243,26 +180,25 @@ def _logits_kernel(
     BLOCK_H: tl.constexpr,
     PART: tl.constexpr,
     GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     if EVEN:  # strides come in units of 16, which is how the compiler learns that rows are aligned
         hidden_stride *= 16
         weight_stride *= 16
-    tiles_R, tiles_V = tl.cdiv(end - begin, BLOCK_R), tl.cdiv(V, BLOCK_V)
-    pid = tl.program_id(0)
-    first = pid // (GROUP * tiles_V) * GROUP
-    height = tl.minimum(tiles_R - first, GROUP)
-    tile_R = first + pid % (GROUP * tiles_V) % height
-    tile_V = pid % (GROUP * tiles_V) // height
     limit = end
     if live_ptr is not None:
         limit = tl.minimum(end, tl.load(live_ptr).to(tl.int32))
-    if begin + tile_R * BLOCK_R < limit:
+    tiles_R, tiles_V = tl.cdiv(tl.maximum(limit - begin, 0), BLOCK_R), tl.cdiv(V, BLOCK_V)
+    k = tl.arange(0, BLOCK_H)
+    for tile in tl.range(tl.program_id(0), tiles_R * tiles_V, tl.num_programs(0)):
+        first = tile // (GROUP * tiles_V) * GROUP
+        height = tl.minimum(tiles_R - first, GROUP)
+        tile_R = first + tile % (GROUP * tiles_V) % height
+        tile_V = tile % (GROUP * tiles_V) // height
         i = begin + tile_R * BLOCK_R + tl.arange(0, BLOCK_R)
         v = tile_V * BLOCK_V + tl.arange(0, BLOCK_V)
-        k = tl.arange(0, BLOCK_H)
-        inside = i < limit
         # Rows and columns past the end repeat the first row and the last column; neither is stored.
-        row = tl.load(rows_ptr + tl.where(inside, i, begin)).to(tl.int64)
+        row = tl.load(rows_ptr + tl.where(i < limit, i, begin)).to(tl.int64)
         hidden_at = hidden_ptr + row[:, None] * hidden_stride + k[None, :]
         weight_at = (
             weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[None, :] * weight_stride + k[:, None]
@@ -281,65 +217,14 @@ def _logits_kernel(
             z = tl.dot(x, w, z, input_precision="ieee")
             hidden_at += BLOCK_H
             weight_at += BLOCK_H
-        # In parts: registers that hold a tile's logits do not hold what becomes of all of them as
-        # well.
-        if BLOCK_V == 4 * PART:
-            _keep_four(
-                z,
-                tile_V,
-                i,
-                limit,
-                bias_ptr,
-                ids_ptr,
-                temperatures_ptr,
-                logits_ptr,
-                partials_ptr,
-                label_ptr,
-                temperature,
-                softcap,
-                begin,
-                end,
-                V,
-                SOFTCAP,
-            )
-        else:
+        pointers = (bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr)
+        rest = (temperature, softcap, begin, end, V, logits_width)
+        if HALVES:
             left, right = _halves(z)
-            _keep_four(
-                left,
-                2 * tile_V,
-                i,
-                limit,
-                bias_ptr,
-                ids_ptr,
-                temperatures_ptr,
-                logits_ptr,
-                partials_ptr,
-                label_ptr,
-                temperature,
-                softcap,
-                begin,
-                end,
-                V,
-                SOFTCAP,
-            )
-            _keep_four(
-                right,
-                2 * tile_V + 1,
-                i,
-                limit,
-                bias_ptr,
-                ids_ptr,
-                temperatures_ptr,
-                logits_ptr,
-                partials_ptr,
-                label_ptr,
-                temperature,
-                softcap,
-                begin,
-                end,
-                V,
-                SOFTCAP,
-            )
+            _keep(left, 2 * tile_V, i, limit, *pointers, *rest, SOFTCAP, PART)
+            _keep(right, 2 * tile_V + 1, i, limit, *pointers, *rest, SOFTCAP, PART)
+        else:
+            _keep(z, tile_V, i, limit, *pointers, *rest, SOFTCAP, PART)
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "parts"])
@@ -369,7 +254,7 @@ def _combine_kernel(
     T = temperature
     if temperatures_ptr is not None:
         T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)
-    inverse = 1.0 / T
+    scale = (1.0 / T) * _LOG2_E
     plane = parts.to(tl.int64) * (end - begin)
     at = partials_ptr + (i - begin)[None, :]
     t = tl.arange(0, PARTS)[:, None]
@@ -395,9 +280,9 @@ def _combine_kernel(
         S_t = tl.load(part_at + plane, mask=wanted, other=0.0)
         W_t = tl.load(part_at + 2 * plane, mask=wanted, other=0.0)
         shift = tl.where(
-            m_t == -float("inf"), 0.0, tl.maximum((m_t - base[None, :]) * inverse, -200.0)
+            m_t == -float("inf"), 0.0, tl.maximum((m_t - base[None, :]) * scale, _LEAST)
         )
-        factor = tl.exp(shift)
+        factor = tl.exp2(shift)
         W += tl.sum(factor * (W_t + shift * S_t), 0)
         S += tl.sum(factor * S_t, 0)
     label = tl.load(ids_ptr + i, mask=inside, other=-1)
@@ -405,7 +290,7 @@ def _combine_kernel(
     z_y = tl.load(label_ptr + i, mask=live & in_range, other=0.0)
     some = tl.where(S == 0.0, 1.0, S)
     log_S = tl.log(some)
-    mean = W / some
+    mean = W * _LN_2 / some
     logp = tl.where((z_y == -float("inf")) & (S == S), -float("inf"), (z_y - m) / T - log_S)
     logp = tl.where(live, tl.where(in_range, logp, float("nan")), 0.0)
     tl.store(fault_ptr + i * 0, 1, mask=live & ~in_range)
@@ -416,7 +301,7 @@ def _combine_kernel(
     tl.store(stats_ptr + i * 3 + 2, mean, mask=inside)
 
 
-@triton.jit(do_not_specialize=["A", "V", "first", "width"])
+@triton.jit(do_not_specialize=["A", "V", "first"])
 def _gradient_kernel(
     logp_grad_ptr,
     entropy_grad_ptr,
@@ -434,15 +319,19 @@ def _gradient_kernel(
     V,
     first,
     width,
+    logits_stride,
+    grad_stride,
     SOFTCAP: tl.constexpr,
     FINISH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Compute row j of the gradient from row source[j] (without a source: j) of columns [first,
-    first + width) of the logits. FINISH: the logits still lack bias and softcap."""
+    first + width) of the logits. FINISH: the logits still lack bias and softcap. Where width and
+    strides are multiples of 16, loads and stores are vectors."""
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tl.program_id(1) * COLUMNS
+    c = begin + tl.arange(0, COLUMNS)
     inside = j < A
     i = j.to(tl.int64)
     if source_ptr is not None:
@@ -450,7 +339,7 @@ def _gradient_kernel(
     label = tl.load(ids_ptr + i, mask=inside, other=-1)
     T = temperature
     if temperatures_ptr is not None:
-        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
+        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)
     m = tl.load(stats_ptr + i * 3, mask=inside, other=0.0)
     S = tl.load(stats_ptr + i * 3 + 1, mask=inside, other=0.0)
     mean = tl.load(stats_ptr + i * 3 + 2, mask=inside, other=0.0)
@@ -462,23 +351,32 @@ def _gradient_kernel(
     )
     h = tl.load(entropy_grad_ptr + i, mask=inside, other=0.0)
     live = inside & ((g != 0.0) | (h != 0.0)) & (S != 0.0)
-    g = tl.where((label >= 0) & (label < V), g, float("nan"))
+    g = tl.where((label >= 0) & (label < V), g, float("nan")) / T
+    h = h / T
+    # p (constant - slope d) with p = 2^d / S, plus g at the label
+    scale = ((tl.zeros([ROWS], tl.float32) + 1.0 / T) * _LOG2_E)[:, None]
+    of_S = (1.0 / tl.where(live, S, 1.0))[:, None]
+    constant, slope = (h * mean - g)[:, None], (h * _LN_2)[:, None]
     wanted = live[:, None] & (c < width)[None, :]
-    z = tl.load(logits_ptr + i[:, None] * width + c[None, :], mask=wanted, other=0.0)
+    z = tl.load(
+        logits_ptr + i[:, None] * logits_stride + c[None, :], mask=wanted, other=-float("inf")
+    )
     if FINISH:
         if bias_ptr is not None:
             z += tl.load(bias_ptr + first + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
         if SOFTCAP:
-            z = _cap(z, softcap)
-    d = (z - m[:, None]) * (1.0 / T)
-    p = tl.exp(d) / tl.where(live, S, 1.0)[:, None]
-    grad = tl.where((first + c)[None, :] == label[:, None], g[:, None], 0.0) - g[:, None] * p
-    grad = (grad - h[:, None] * p * (tl.where(p > 0.0, d, 0.0) - mean[:, None])) / T
+            z = tl.where(wanted, _cap(z, softcap), z)
+    d = (z - m[:, None]) * scale
+    grad = tl.exp2(d) * of_S * (constant - slope * tl.maximum(d, _LEAST))
+    here = (label >= first + begin) & (label < first + begin + COLUMNS)
+    if tl.max(here.to(tl.int32), 0) > 0:  # few tiles hold a label
+        at_label = (label - first).to(tl.int32)[:, None] == c[None, :]
+        grad = tl.where(at_label, grad + g[:, None], grad)
     if SOFTCAP:
         t = z / softcap
         grad *= 1.0 - t * t
     tl.store(
-        grad_ptr + j.to(tl.int64)[:, None] * width + c[None, :],
+        grad_ptr + j.to(tl.int64)[:, None] * grad_stride + c[None, :],
         tl.where(live[:, None], grad, 0.0),
         mask=inside[:, None] & (c < width)[None, :],
     )
@@ -512,6 +410,30 @@ class HeadOf(NamedTuple):
     softcap: float  # 0: none
 
 
+def padded(V: int) -> int:
+    """Return the columns of a matrix of V logits a row whose rows all start at a whole cache
+    line."""
+    return triton.cdiv(V, 64) * 64
+
+
+def _tile(device: torch.device, narrow: bool) -> Tile:
+    """Return the tile of a device; `narrow`: of two-byte inputs."""
+    if not narrow:
+        return FLOAT32
+    if device.type != "cuda" or torch.version.hip:
+        return NARROW
+    return WIDE.get(torch.cuda.get_device_capability(device)[0], NARROW)
+
+
+def _programs(device: torch.device, tile: Tile) -> int:
+    """Return how many programs of the product a device runs at once: by their registers, two on a
+    multiprocessor in float32, else one."""
+    if device.type != "cuda":
+        return 2
+    each = 2 if tile is FLOAT32 else 1
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def unscored(rows: Rows) -> Scores:
     """Allocate scores for a kernel to write."""
     logp = rows.ids.new_empty(rows.ids.shape, dtype=torch.float32)
@@ -528,41 +450,42 @@ def score(
     workspace_bytes: int,
     logits: Tensor | None = None,
 ) -> None:
-    """Write the scores of rows [begin, end). If `logits` is given, also write their logits [end -
-    begin, V] into it."""
+    """Write the scores of rows [begin, end). If `logits` is given, also write their logits into it:
+    [end - begin, `padded(V)`], whose last columns are no logits."""
     weight, bias, temperature, softcap = head
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (V, H), narrow = weight.shape, hidden.dtype.itemsize == 2
-    block_R, block_V, block_H, warps, stages = (
-        _FLOAT32 if not narrow else _NARROW if logits is not None or torch.version.hip else _WIDE
-    )
-    tiles, parts = triton.cdiv(V, block_V), triton.cdiv(V, _PART)
-    even = H % block_H == 0 and hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
+    tile = _tile(hidden.device, narrow)
+    tiles, parts = triton.cdiv(V, tile.columns), triton.cdiv(V, _PART)
+    even = H % tile.inputs == 0 and hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
     unit = 16 if even else 1
     step = (
         end - begin
         if logits is not None
-        else max(1, workspace_bytes // (12 * parts * block_R)) * block_R
+        else max(1, workspace_bytes // (12 * parts * tile.rows)) * tile.rows
     )
     label_z = torch.empty_like(scores.logp)
     for first in range(begin, end, max(1, step)):
         last = min(first + step, end)
         partials = scores.logp.new_empty(3, parts, last - first)
-        _logits_kernel[(tiles * triton.cdiv(last - first, block_R),)](
+        grid = min(tiles * triton.cdiv(last - first, tile.rows), _programs(hidden.device, tile))
+        _logits_kernel[(grid,)](
             *(hidden, weight, bias, rows.ids, rows.row, rows.live, rows.temperatures),
             *(logits, partials, label_z, temperature, softcap, first, last, V, H),
             hidden.stride(0) // unit,
             weight.stride(0) // unit,
+            padded(V),
             SOFTCAP=softcap > 0,
             EVEN=even,
             WIDEN=_INTERPRETED and narrow,
-            BLOCK_R=block_R,
-            BLOCK_V=block_V,
-            BLOCK_H=block_H,
+            BLOCK_R=tile.rows,
+            BLOCK_V=tile.columns,
+            BLOCK_H=tile.inputs,
             PART=_PART,
             GROUP=_GROUP,
-            num_warps=warps,
-            num_stages=stages,
+            HALVES=tile.halves,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
         _combine_kernel[(triton.cdiv(last - first, _COMBINE_ROWS),)](
             partials,
@@ -595,7 +518,7 @@ def logits_gradient(
     finished: bool = False,
 ) -> None:
     """Write the gradient of the product into `out` [A, width], which may be the logits if `source`
-    is None."""
+    is None. `logits` has as many columns."""
     A, width = out.shape
     if A and width:
         _gradient_kernel[(triton.cdiv(A, _GRADIENT_ROWS), triton.cdiv(width, _GRADIENT_COLUMNS))](
@@ -615,6 +538,8 @@ def logits_gradient(
             head.weight.shape[0],
             first,
             width,
+            logits.stride(0),
+            out.stride(0),
             SOFTCAP=head.softcap > 0,
             FINISH=not finished,
             ROWS=_GRADIENT_ROWS,

@@ -12,17 +12,18 @@ from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 from fusedrl.kernels.linear_logprob._triton import (
     _COMBINE_PARTS,
     _COMBINE_ROWS,
-    _FLOAT32,
     _GRADIENT_COLUMNS,
     _GRADIENT_ROWS,
     _GRADIENT_WARPS,
     _GROUP,
-    _NARROW,
     _PART,
-    _WIDE,
+    FLOAT32,
+    NARROW,
+    WIDE,
     HeadOf,
     Rows,
     Scores,
+    Tile,
     _combine_kernel,
     _gradient_kernel,
     _logits_kernel,
@@ -215,7 +216,7 @@ _linear_logprob_triton.register_autograd(_backward, setup_context=_setup_context
 
 
 # ---- what is compiled offline --------------------------------------------------------------------
-def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: bool) -> dict:
+def _offline_logits(dtype: str, tile: Tile, everything: bool, store: bool) -> dict:
     """Return one specialisation of the logits kernel. `everything`: with each optional input and
     the softcap; `store`: the logits are written."""
     optional = {
@@ -224,7 +225,6 @@ def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: 
         "temperatures_ptr": ("*fp32", everything),
         "logits_ptr": ("*fp32", store),
     }
-    block_R, block_V, block_H, warps, stages = tile
     return {
         "kernel": _logits_kernel,
         "signature": {
@@ -242,21 +242,24 @@ def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: 
             "H": "i32",
             "hidden_stride": "i32",
             "weight_stride": "i32",
+            "logits_width": "i32",
         }
         | {name: kind for name, (kind, used) in optional.items() if used},
         "constexprs": {
             "SOFTCAP": everything,
             "EVEN": True,
             "WIDEN": False,
-            "BLOCK_R": block_R,
-            "BLOCK_V": block_V,
-            "BLOCK_H": block_H,
+            "BLOCK_R": tile.rows,
+            "BLOCK_V": tile.columns,
+            "BLOCK_H": tile.inputs,
             "PART": _PART,
             "GROUP": _GROUP,
+            "HALVES": tile.halves,
         }
         | {name: None for name, (_, used) in optional.items() if not used},
-        "num_warps": warps,
-        "num_stages": stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "divisible": ("logits_width",),
     }
 
 
@@ -285,6 +288,8 @@ def _offline_gradient(dtype: str, finish: bool) -> dict:
             "V": "i32",
             "first": "i32",
             "width": "i32",
+            "logits_stride": "i32",
+            "grad_stride": "i32",
         },
         "constexprs": {
             "SOFTCAP": finish,
@@ -294,29 +299,26 @@ def _offline_gradient(dtype: str, finish: bool) -> dict:
         }
         | ({"source_ptr": None} if finish else {"bias_ptr": None, "temperatures_ptr": None}),
         "num_warps": _GRADIENT_WARPS,
+        "divisible": ("width", "logits_stride", "grad_stride"),
     }
 
 
+# tile -> what the names of its kernels end with, and where it serves
+_OFFLINE_TILES = {
+    FLOAT32: ("", ("sm_80", "sm_90", "sm_100", "gfx942")),
+    NARROW: ("", ("sm_80", "gfx942")),
+    WIDE[9]: ("_wide", ("sm_90",)),
+    WIDE[10]: ("_halves", ("sm_100",)),
+}
 OFFLINE_KERNELS = (
     {
         "_".join(
-            (
-                "logits",
-                *(["store"] if store else ()),
-                *(["everything"] if everything else ()),
-                dtype,
-            )
-            + (("wide",) if tile is _WIDE else ())
-        ): _offline_logits(dtype, tile, everything, store)
-        | ({"targets": ("sm_80", "sm_90", "sm_100")} if tile is _WIDE else {})
-        for dtype, tiles in (
-            ("fp32", (_FLOAT32,)),
-            ("bf16", (_WIDE, _NARROW)),
-            ("fp16", (_WIDE, _NARROW)),
-        )
-        for tile in tiles
+            ("logits", *(["store"] * store), *(["everything"] * everything), dtype + ending)
+        ): _offline_logits(dtype, tile, everything, store) | {"targets": targets}
+        for tile, (ending, targets) in _OFFLINE_TILES.items()
+        for dtype in (("fp32",) if tile is FLOAT32 else ("bf16", "fp16"))
         for everything in (False, True)
-        for store in ((False,) if tile is _WIDE else (False, True))
+        for store in (False, True)
     }
     | {
         "combine": {

@@ -17,7 +17,8 @@ Shapes    N rows, H hidden size, V vocabulary size, M rows whose weight is not 0
 Flops     2 M H V + 4 A H V. Masked rows are left out of every product. Without a KL and an entropy
           term, rows that are clipped or have advantage 0 are left out of the last two products. The
           kinds and levels that need whole sequences score all rows first: 2 M H V more.
-Memory    the workspace of one chunk, the gradients, a few numbers per row.
+Memory    the workspace of one chunk, the gradients, a few numbers per row. On a GPU the workspace
+          may be memory that is idle elsewhere (`scratch`).
 Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the
           dtype of hidden and weight. A row that is left out would add exact zeros, so leaving it
           out only changes how the products group the other rows.
@@ -93,6 +94,11 @@ def linear_policy_loss_reference(
 
 
 # ---- torch, a chunk at a time --------------------------------------------------------------------
+def _chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None) -> tuple[Tensor, ...]:
+    size = max(1, workspace(workspace_bytes, N, V, rows.device) // (4 * V))
+    return rows.split(size) if rows.numel() else ()
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -121,9 +127,7 @@ class _Chunked(torch.autograd.Function):
             else None
             for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        for index in (
-            rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
-        ):
+        for index in _chunks(rows, N, V, workspace_bytes):
             ids, scale = (
                 token_ids[index],
                 temperature[index] if isinstance(temperature, Tensor) else temperature,
@@ -264,6 +268,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     bias: Tensor | None = None,
     workspace_bytes: int | None = None,
+    scratch: Tensor | None = None,
     impl: str | None = None,
 ) -> LinearPolicyLoss:
     """Compute `policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops,
@@ -284,7 +289,10 @@ def linear_policy_loss(
             unchanged.
         workspace_bytes: bound of the chunk's float32 logits; the chunk holds at least one row.
             Default: the smaller of 256 MiB and an eighth of the full logits, but never less than 4
-            MiB.
+            MiB; on a GPU, 1,024 rows of logits and 2,048 of their gradients.
+        scratch: [bytes] uint8, on the same device: memory that is idle, which Triton then computes
+            in instead of allocating a workspace. Its contents are lost. The more it holds, the
+            fewer passes over the gradient of weight. The other implementations leave it alone.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         LinearPolicyLoss (loss, stats, logp, entropy). The loss is a scalar, differentiable once in
@@ -330,6 +338,7 @@ def linear_policy_loss(
             "temperature": (per_row, "N"),
             **{name: (column, "N") for name, column in columns.items()},
             "cu_seqlens": (cu_seqlens, "E"),
+            "scratch": (scratch, "bytes"),
         },
     )
     check_policy(op, part, N)
@@ -354,8 +363,13 @@ def linear_policy_loss(
             *(None if per_row is None else per_row.detach(), *part.settings()),
             *(1.0 if per_row is not None else float(temperature), softcap or 0.0),
         )
-        loss, stats, logp, entropy = _compiled(chosen, arguments, workspace_bytes, N, V)
+        loss, stats, logp, entropy = _compiled(chosen, arguments, workspace_bytes, scratch, N, V)
     return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
+
+
+def computes_in_scratch(device: torch.device) -> bool:
+    """Whether `linear_policy_loss` has a use for `scratch` on this device."""
+    return _IMPLS.choose(device, None) == "triton"
 
 
 def _scored(
@@ -371,7 +385,12 @@ def _scored(
 
 
 def _compiled(
-    impl: str, arguments: tuple[Any, ...], workspace_bytes: int | None, N: int, V: int
+    impl: str,
+    arguments: tuple[Any, ...],
+    workspace_bytes: int | None,
+    scratch: Tensor | None,
+    N: int,
+    V: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the C++ or the Triton op. The C++ op finds out by itself which gradients are needed."""
     if impl == "cpp":
@@ -379,7 +398,10 @@ def _compiled(
             *arguments, -1 if workspace_bytes is None else workspace_bytes
         )
     wanted = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3])
-    found = torch.ops.fusedrl.linear_policy_loss_triton(
-        *arguments, workspace(workspace_bytes, N, V), *wanted
-    )
+    check_dtype("linear_policy_loss", "scratch", scratch, (torch.uint8,))
+    hidden = arguments[0]
+    room = workspace(workspace_bytes, N, V, hidden.device, gradients=hidden.dtype.itemsize)
+    if scratch is not None and scratch.numel() < room:
+        scratch = None
+    found = torch.ops.fusedrl.linear_policy_loss_triton(*arguments, room, scratch, *wanted)
     return found[:4]

@@ -10,14 +10,17 @@ ops in sequence on the rows that count. The only difference is the order in whic
     active rows appended to the gradients dz C - R pending rows of dz, or the end -> d hidden = dz
     weight, d weight += dz^T hidden
 
-Workspace  R V float32 logits and C V gradients of hidden's dtype, C >= 2 R. Active rows are
-           collected over several chunks, so that the last two products have many rows even when few
-           rows are active. R is a multiple of the product's tile size if the workspace holds at
-           least one tile. The row statistics take another 3/8 of a byte per logit.
+Workspace  R V float32 logits and C V gradients of hidden's dtype. Active rows are collected over
+           several chunks, so that the last two products have many rows even when few rows are
+           active. If the workspace holds the gradients of all rows, C = N, and the products run
+           once: weight's gradient is written once, in its dtype. Otherwise C >= 2 R, and every
+           flush adds to a float32 sum. R is a multiple of the product's tile size if the workspace
+           holds at least one tile. Rows are padded to whole cache lines. The row statistics take
+           another 3/32 of a byte per logit. By default (`linear_head.workspace`) R = 1,024 and C =
+           2,048; a lender of memory (`scratch`) makes both larger where it has room.
 Bytes      a chunk reads weight (V H s), writes its logits and reads them once; dz is written once
-           and read twice. Each flush reads and writes the float32 gradient of weight, 8 V H: with V
-           = 151936 and H = 4096 that is 5 GB for some 600 rows of 256 MiB. If memory allows, give a
-           larger workspace: with 2 GiB it is 5 GB for some 4,000 rows, which is negligible.
+           and read twice. A flush after the first reads and writes the float32 gradient of weight,
+           8 V H.
 Host       if a gradient is needed, the host reads which rows have a weight, and which rows of each
            chunk are active, while the device waits. Otherwise it reads nothing.
 """
@@ -25,7 +28,6 @@ Host       if a gradient is needed, the host reads which rows have a weight, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from fusedrl.kernels.linear_logprob._triton import (
     Rows,
     Scores,
     logits_gradient,
+    padded,
     score,
     unscored,
 )
@@ -46,30 +49,71 @@ from fusedrl.kernels.policy_loss._triton import policy_value_loss_triton
 _STATS = len(PolicyStats._fields)
 
 
-def rows_of(workspace_bytes: int, V: int, itemsize: int) -> tuple[int, int]:
-    """Return the number of rows of logits, and of gradients, that the workspace holds: at least one
-    each."""
-    R = max(1, workspace_bytes // (max(1, V) * (4 + 2 * itemsize)))
-    R -= R % BLOCK_ROWS if R > BLOCK_ROWS else 0
-    return R, max(R, (workspace_bytes // max(1, V) - 4 * R) // itemsize)
+_SLAB = 32 << 20  # bytes of float32 sums that stay in a GPU's cache
+_FEWEST = 512  # rows of a chunk by which one read of weight takes less time than its product
+
+
+def rows_of(workspace_bytes: int, M: int, V: int, itemsize: int) -> tuple[int, int]:
+    """Return how many of M rows of logits, and of gradients, the workspace holds: at least one
+    each. All gradients if they leave room for a chunk, so that their products run once."""
+    width = max(1, padded(V))
+    rest = workspace_bytes // width - M * itemsize  # beside all gradients, bytes per column
+    if rest >= 4 * min(M, _FEWEST):
+        R, C = min(M, rest // 4), M
+    else:
+        R = max(1, workspace_bytes // (width * (4 + 2 * itemsize)))
+        C = max(R, (workspace_bytes // width - 4 * R) // itemsize)
+    if BLOCK_ROWS < R < M:
+        R -= R % BLOCK_ROWS
+        if C < M:
+            C = max(R, (workspace_bytes // width - 4 * R) // itemsize)
+    return min(R, M), min(C, M)
 
 
 # ---- custom op: what torch.compile sees ----------------------------------------------------------
-class Gradients(NamedTuple):
-    """Sums of the requested gradients; those of weight and bias are float32."""
+class Gradients:
+    """Sums of the requested gradients. Those of weight and bias are float32 while more is to
+    come, and of the weight's dtype at the end."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> None:
+        self._wanted, self._weight = wanted, weight
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
 
-    def add(self, hidden: Tensor, weight: Tensor, dz_AV: Tensor, members_A: Tensor) -> None:
+    def add(self, hidden: Tensor, dz_AV: Tensor, members_A: Tensor, last: bool) -> None:
         """Add the products with the logits' gradients of some rows of hidden."""
+        weight, (_, for_weight, for_bias) = self._weight, self._wanted
         if self.hidden is not None:
             self.hidden[members_A] = product(dz_AV, weight).to(hidden.dtype)
-        if self.weight is not None:
+        if for_weight and self.weight is not None:
             add_product(self.weight, dz_AV.t(), hidden[members_A])
-        if self.bias is not None:
-            self.bias.add_(dz_AV.sum(0, dtype=torch.float32))
+        elif (
+            for_weight and last
+        ):  # nothing is added to it: a slab at a time, no float32 sum of it all
+            self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            hidden_AH, step = hidden[members_A], max(128, _SLAB // max(1, 4 * weight.shape[1]))
+            for v in range(0, weight.shape[0], step):
+                self.weight[v : v + step] = product(dz_AV[:, v : v + step].t(), hidden_AH)
+        elif for_weight:
+            self.weight = product(dz_AV.t(), hidden[members_A])
+        if for_bias:
+            sums = dz_AV.sum(0, dtype=torch.float32)
+            self.bias = sums if self.bias is None else self.bias.add_(sums)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of hidden, weight and bias; those not requested are empty."""
+        weight, (_, for_weight, for_bias) = self._weight, self._wanted
+        if for_weight and self.weight is None:
+            self.weight = torch.zeros_like(weight)
+        if for_bias and self.bias is None:
+            self.bias = weight.new_zeros(weight.shape[0])
+        found = (self.hidden, self.weight, self.bias)
+        hidden, weight_grad, bias = (
+            weight.new_zeros(0) if t is None else t if t is self.hidden else t.to(weight.dtype)
+            for t in found
+        )
+        return hidden, weight_grad, bias
 
 
 @torch.library.custom_op("fusedrl::linear_policy_loss_triton", mutates_args=())
@@ -93,13 +137,14 @@ def _linear_policy_loss_triton(
     temperature: float,
     softcap: float,
     workspace_bytes: int,
+    scratch: Tensor | None,
     for_hidden: bool,
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's
-    gradients for a unit upstream gradient. Gradients that are not requested are empty."""
-    V = weight.shape[0]
+    gradients for a unit upstream gradient. Gradients that are not requested are empty. `scratch`:
+    bytes to compute in, whose contents are lost; None allocates `workspace_bytes`."""
     head = HeadOf(weight, bias, temperature, softcap)
     backward = for_hidden or for_weight or for_bias
     if backward:
@@ -132,16 +177,12 @@ def _linear_policy_loss_triton(
         )
         return loss, stats[:_STATS], grad
 
-    grads = Gradients(
-        hidden.new_zeros(hidden.shape) if for_hidden else None,
-        hidden.new_zeros(weight.shape, dtype=torch.float32) if for_weight else None,
-        hidden.new_zeros(V, dtype=torch.float32) if for_bias else None,
-    )
+    grads = Gradients(hidden, weight, (for_hidden, for_weight, for_bias))
     if not backward:
         score(hidden, head, rows, scores, 0, M, workspace_bytes)
     else:
         entropy_grad = weights_M * -coefficients[COEFFICIENTS.index("entropy_coef")]
-        _walk(hidden, head, rows, scores, policy, entropy_grad, grads, workspace_bytes)
+        _walk(hidden, head, rows, scores, policy, entropy_grad, grads, workspace_bytes, scratch)
     loss, stats, _ = policy(0, M)
     live_N = weights != 0  # rows without one were not scored
     logp_N, entropy_N = (
@@ -153,9 +194,7 @@ def _linear_policy_loss_triton(
         stats.clone(),
         logp_N,
         entropy_N,
-        weight.new_zeros(0) if grads.hidden is None else grads.hidden,
-        weight.new_zeros(0) if grads.weight is None else grads.weight.to(weight.dtype),
-        weight.new_zeros(0) if grads.bias is None else grads.bias.to(weight.dtype),
+        *grads.results(),
     )
 
 
@@ -168,13 +207,14 @@ def _walk(
     entropy_grad: Tensor,
     grads: Gradients,
     workspace_bytes: int,
+    scratch: Tensor | None,
 ) -> None:
     """Score the rows and add up their gradients, chunk by chunk. Rows whose gradient is 0 are left
     out of the products."""
     M, V = rows.row.numel(), head.weight.shape[0]
-    R, C = rows_of(workspace_bytes, V, hidden.dtype.itemsize)
-    R, C = min(R, M), min(C, M)
-    logits_RV, dz_CV = hidden.new_empty(R, V, dtype=torch.float32), hidden.new_empty(C, V)
+    room = workspace_bytes if scratch is None else scratch.numel()
+    R, C = rows_of(room, M, V, hidden.dtype.itemsize)
+    logits_RV, dz_CV = _matrices(scratch, hidden, R, C, padded(V))
     pending: list[Tensor] = []  # rows of hidden whose gradients stand in dz, in order
     held = 0
     for begin in range(0, M, max(1, R)):
@@ -189,13 +229,31 @@ def _walk(
             None if rows.temperatures is None else rows.temperatures[begin:end],
         )
         scored = Scores(*(column[begin:end] for column in scores))
-        room = dz_CV[held : held + active.numel()]
-        logits_gradient(g, h, logits_RV, head, here, scored, active, room, finished=True)
+        place = dz_CV[held : held + active.numel()]
+        logits_gradient(g, h, logits_RV, head, here, scored, active, place, finished=True)
         pending.append(here.row[active])
         held += active.numel()
-        if held and (held + R > C or end == M):
-            grads.add(hidden, head.weight, dz_CV[:held], torch.cat(pending))
+        if held and (held + min(R, M - end) > C or end == M):
+            grads.add(hidden, dz_CV[:held, :V], torch.cat(pending), last=end == M)
             pending, held = [], 0
+
+
+def _matrices(
+    scratch: Tensor | None, hidden: Tensor, R: int, C: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Return memory for R rows of float32 logits and C rows of their gradients, inside `scratch`
+    if it is given and holds them."""
+    logits_bytes, itemsize = 4 * R * width, hidden.dtype.itemsize
+    needed = logits_bytes + itemsize * C * width
+    if scratch is None or scratch.numel() < needed:
+        return (
+            hidden.new_empty(R, width, dtype=torch.float32),
+            hidden.new_empty(C, width),
+        )
+    return (
+        scratch[:logits_bytes].view(torch.float32).view(R, width),
+        scratch[logits_bytes:needed].view(hidden.dtype).view(C, width),
+    )
 
 
 @_linear_policy_loss_triton.register_fake

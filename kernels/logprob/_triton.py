@@ -105,7 +105,7 @@ def _forward_kernel(
     T = temperature
     if PER_ROW:
         T = tl.load(temperatures_ptr + n)
-    scale = _LOG2_E / T
+    scale = (1.0 / T) * _LOG2_E
     count = V
     if KEPT:
         begin = tl.load(kept_offsets_ptr + n)
@@ -225,7 +225,7 @@ def _backward_kernel(
     g = tl.where(in_range, g, float("nan")) / T
     h = h / T
     of_S = 1.0 / tl.where(live, S, 1.0)
-    scale = _LOG2_E / T
+    scale = (1.0 / T) * _LOG2_E
     constant = h * mean - g
     slope = h * _LN_2
     here = tl.where((label >= first) & (label < first + BLOCK), label, -1).to(tl.int32)

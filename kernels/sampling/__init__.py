@@ -12,7 +12,9 @@ Shapes    B sequences, V vocabulary.
 Bytes     B V s read from memory. Later reads of a row come from the cache. Without truncation they
           are those of the block that holds the token. With truncation, on a GPU, they are the
           search for the last token in the kept set (for top-k and for top-p each at most 8 passes
-          over bfloat16, 10 over float16, 16 over float32) and one sum.
+          over bfloat16, 10 over float16, 16 over float32) and one sum. In CUDA C++ top-p collects
+          the tokens that can be kept in shared memory, which takes two reads, and searches there;
+          if they are more than 4,096 it searches the row.
 Numerics  float32 terms (float64 for float64), sums in double. A token whose probability is below
           exp(-87) of the largest counts as probability 0: it is never drawn or kept. All
           implementations draw the same token, unless u sum w is within rounding error of the
@@ -48,7 +50,8 @@ from fusedrl.kernels.sampling._fused import empty_outputs
 if triton is not None:
     from fusedrl.kernels.sampling import _triton  # noqa: F401  (registers fusedrl::sample_triton)
 
-_IMPLS = Implementations("sample", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
+# top-p reads a row three times in CUDA C++, eleven times in Triton
+_IMPLS = Implementations("sample", cpu=("cpp", "torch", "triton"), cuda=("cuda", "triton", "torch"))
 _SMALLEST = -87.0  # exp of less is not a normal float32
 
 

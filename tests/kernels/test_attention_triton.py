@@ -6,6 +6,7 @@ import torch
 
 from fusedrl.kernels.attention import _triton as attention_triton
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
+from fusedrl.kernels.runtime.triton import tl, triton
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
 FORMS = [
@@ -45,7 +46,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(
         attention_triton,
         "_shape",
-        lambda D, backward: {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "R": 16, "C": 16},
+        lambda D, kind, wgmma: {
+            "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+            "R": 32 if kind == "q" else 16,
+            "C": 32 if kind == "kv" else 16,
+            "num_warps": 4,
+        },
     )
 
 
@@ -191,3 +197,66 @@ def test_refuses_what_it_does_not_serve(device):
     q, k, v, ends = inputs(device, [3], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it computes in float32"):
         varlen_attention(q, k, v, ends, max_length=3, impl="triton")
+
+
+if triton is not None:
+
+    @triton.jit
+    def _spans_kernel(
+        out_ptr,
+        length,
+        window,
+        KEYS: tl.constexpr,
+        CAUSAL: tl.constexpr,
+        R: tl.constexpr,
+        C: tl.constexpr,
+        TILES: tl.constexpr,
+    ):
+        tile = tl.arange(0, TILES)
+        if KEYS:
+            spans = attention_triton._keys(tile * R, length, window, CAUSAL, R, C)
+        else:
+            spans = attention_triton._queries(tile * C, length, window, CAUSAL, R, C)
+        for i in tl.static_range(4):
+            tl.store(out_ptr + 4 * tile + i, spans[i])
+
+
+def spans(length, window, keys, causal, R, C):
+    """(low, whole, end, high) of every tile of queries (`keys`) or of keys."""
+    tiles = -(-length // (R if keys else C))
+    out = torch.zeros(1 << (tiles - 1).bit_length(), 4, dtype=torch.int32, device="cpu")
+    _spans_kernel[(1,)](out, length, window, KEYS=keys, CAUSAL=causal, R=R, C=C, TILES=len(out))
+    return out[:tiles].tolist()
+
+
+@pytest.mark.cpu_only("arithmetic of positions")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 7, 40, 100])
+def test_whole_tiles_are_those_that_need_no_mask(causal, window, device):
+    """Where the kernels compute no mask every pair is seen, and what they leave out never is."""
+    reach = window or attention_triton._UNBOUNDED
+    for length, R, C in ((150, 32, 16), (150, 16, 32), (7, 16, 16), (64, 16, 16)):
+        at = torch.arange(length)
+        behind = at[:, None] - at[None]
+        seen = behind.abs() < reach
+        seen = seen & (behind >= 0) if causal else seen
+        for keys, side, other, sees in ((True, R, C, seen), (False, C, R, seen.T)):
+            for tile, (low, whole, end, high) in enumerate(
+                spans(length, reach, keys, causal, R, C)
+            ):
+                part = sees[tile * side : (tile + 1) * side]
+                assert low % other == whole % other == 0
+                assert low <= whole <= end <= max(length, whole)
+                assert not part[:, :low].any()
+                assert not part[:, max(high, end) :].any()
+                assert part[:, whole:end].all()
+
+
+@pytest.mark.cpu_only("arithmetic of positions")
+def test_masks_of_a_long_sequence(device):
+    """4,096 tokens, causal, tiles of 128 queries and 64 keys; docs/kernel-report.md has the same
+    numbers."""
+    tiles = spans(4096, attention_triton._UNBOUNDED, True, True, 128, 64)
+    masked = sum(-(-(high - end) // 64) for _, _, end, high in tiles)
+    whole = sum((end - start) // 64 for _, start, end, _ in tiles)
+    assert (masked, masked + whole) == (64, 1056)

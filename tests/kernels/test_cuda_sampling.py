@@ -232,3 +232,20 @@ def test_no_rows(simt):
 def test_is_refused_on_cpu_tensors():
     with pytest.raises(RuntimeError, match=r"'cuda' cannot run on cpu.*CUDA tensors only"):
         sample(torch.zeros(2, 3), temperature=1.0, keys=keys_for(2), impl="cuda")
+
+
+# top-p searches what can be kept in shared memory, 4,096 tokens at the most: a few of a peaked row,
+# more than fit of a flat one, all of a small one; and a p that is nearly 1 searches the row.
+@pytest.mark.parametrize("V, scale", [(7, 3.0), (2049, 3.0), (5003, 0.1), (9001, 4.0)])
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_top_p_in_shared_memory(simt, V, scale, suppressed):
+    rows = [(1.0, 0, 0.95, 0.0), (0.8, 20, 0.5, 0.1), (1.0, 0, 0.99999, 0.0), (1.5, 0, 0.6, 0.05)]
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(4, V, generator=generator) * scale
+    logits[3] = (logits[3] * 2).round() / 2  # ties
+    logits = logits.bfloat16()
+    suppress = (torch.rand(4, V, generator=generator) < 0.3) if suppressed else None
+    if suppressed:
+        suppress[:, V // 2] = False
+    keys, parameters = keys_for(4, V), columns(rows)
+    compare(run(simt, logits, parameters, keys, suppress), logits, parameters, keys, suppress)

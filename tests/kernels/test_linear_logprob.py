@@ -135,6 +135,35 @@ def test_weights_wider_than_one_tile(device):
     torch.testing.assert_close(got[2].double(), want[2], rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.cpu_only("tiles of GPUs that are not here, under the interpreter")
+@pytest.mark.parametrize("tile", ["narrow", 9, 10])
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.usefixtures("triton_runs")
+def test_each_tile_that_some_gpu_has(tile, everything, device, monkeypatch):
+    """Columns in parts and halves, more tiles than programs, and the stored logits."""
+    module = pytest.importorskip("fusedrl.kernels.linear_logprob._triton")
+    found = module.NARROW if tile == "narrow" else module.WIDE[tile]
+    monkeypatch.setattr(module, "_tile", lambda *_: found)
+    V, N = 700, 131
+    hidden, weight, ids, bias, _, _ = problem(device, N, 24, V, torch.bfloat16)
+    hidden, ids = hidden.nan_to_num(), ids.clamp(min=0)  # no row is left out
+    bias = bias if everything else None
+    head = module.HeadOf(weight, bias, 0.7, 3.0 if everything else 0.0)
+    rows = module.Rows(torch.arange(N, device=device), ids, None)
+    scores = module.unscored(rows)
+    logits = torch.full((N, module.padded(V)), torch.nan, device=device)
+    module.score(hidden, head, rows, scores, 0, N, 1 << 20, logits)
+    want = hidden.double() @ weight.double().t()
+    if everything:
+        want = 3.0 * torch.tanh((want + bias.double()) / 3.0)
+    torch.testing.assert_close(logits[:, :V].double(), want, rtol=1e-5, atol=1e-5)
+    logp = torch.log_softmax(want / 0.7, 1)
+    entropy = -(logp.exp() * logp).sum(1)
+    picked = logp.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(scores.logp.double(), picked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.each_impl("linear_logprob")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scoring_and_training_agree_bitwise(impl, dtype, device):

@@ -507,9 +507,14 @@ def test_gradients_of_few_active_rows_gather(monkeypatch, device):
     want = run(device, oracle, p, torch.float64, objective=PolicyObjective(kind="ratio"))
     thick = []
     monkeypatch.setattr(module, "rows_of", lambda *_: (2, 5))
-    monkeypatch.setattr(
-        module, "add_product", lambda into, a, b: (thick.append(a.shape[1]), into.add_(a @ b))
-    )
+
+    def product(a, b):
+        if len(a) == 50:  # of weight
+            thick.append(a.shape[1])
+        return a @ b
+
+    monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(module, "add_product", lambda into, a, b: into.add_(product(a, b)))
     agree(run(device, ours("triton"), p, objective=PolicyObjective(kind="ratio")), want)
     assert thick == [4, 2]
 
@@ -526,7 +531,7 @@ def test_gradients_of_few_active_rows_gather(monkeypatch, device):
 )
 def test_chunks_fit_the_workspace(workspace_bytes, V, itemsize):
     rows_of = pytest.importorskip("fusedrl.kernels.linear_policy_loss._triton").rows_of
-    R, C = rows_of(workspace_bytes, V, itemsize)
+    R, C = rows_of(workspace_bytes, 100_000, V, itemsize)
     assert 1 <= R <= C
     assert R == 1 or (4 * R + itemsize * C) * V <= workspace_bytes
     assert R < 128 or R % 128 == 0
@@ -546,6 +551,7 @@ def test_triton_opcheck_and_compile(kind, device):
         1.0,
         0.0,
         1 << 20,
+        None,
         True,
         True,
         True,
