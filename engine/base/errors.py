@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -75,6 +76,33 @@ def as_shortage(error: BaseException, where: str = "") -> BaseException:
         "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl plan "
         "says what would fit"
     )
+
+
+_NO_NETWORK = (  # of the hub's client, of the HTTP libraries below it, and of datasets
+    "ConnectionError",
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "Timeout",
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "HfHubHTTPError",
+    "ProxyError",
+    "SSLError",
+)
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether an error, or a cause of it, says that the Hugging Face hub cannot be reached."""
+    return any(type(one).__name__ in _NO_NETWORK for one in chain_of(error))
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and its causes, at most ten."""
+    seen = 0
+    while error is not None and seen < 10:
+        yield error
+        error, seen = error.__cause__ or error.__context__, seen + 1
 
 
 LFS = b"version https://git-lfs"  # how a file begins that stands for one in Git LFS

@@ -6,12 +6,28 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from fusedrl.engine.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WORTH_IT = 256 << 20
 _HUGE_PAGE = 2 << 20
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
 
 
 @functools.cache
@@ -56,3 +72,19 @@ def advise_huge_pages(tensor: Tensor) -> None:
 def format_bytes(count: int) -> str:
     """Write a number of bytes in GiB, or in MiB below 0.1 GiB."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def parse_memory(text: str) -> int:
+    """Convert an amount such as "8GiB", "512 MiB", "16GB" or a plain number to bytes.
+
+    Raises:
+        ConfigError: `text` is not such an amount, or is not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower() or "b") if match else None
+    if match is None or unit is None or not (amount := int(float(match[1]) * unit)):
+        raise ConfigError(
+            "plan: expected an amount of memory above 0 such as 8GiB, 512MiB, 16GB or a number of "
+            f"bytes, got {text!r}"
+        )
+    return amount

@@ -16,6 +16,7 @@ from fusedrl.engine.cli.common import (
     output_file,
     report_json,
 )
+from fusedrl.engine.cli.early import check_models
 
 Kinds: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -157,6 +158,7 @@ def run_bench(options: argparse.Namespace) -> None:
         _bench_kernels(options)
         return
     check_device(options.device)
+    check_models([options.model])
     from fusedrl.engine.tools import bench
     from fusedrl.engine.tools.bench_step import step
 

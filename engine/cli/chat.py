@@ -7,6 +7,7 @@ import sys
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli.common import Parser, check_device
+from fusedrl.engine.cli.early import check_models
 from fusedrl.engine.cli.models import (
     device_options,
     generation_of,
@@ -41,6 +42,7 @@ def _chat(options: argparse.Namespace) -> None:
     if options.adapter is not None and options.model is None:
         raise ConfigError("chat: --adapter belongs to MODEL; give --a and --b merged models")
     check_device(options.device)
+    check_models(paths)
     from fusedrl.engine.rollout.rollout import params_of
     from fusedrl.engine.tools.chat import Chat, Speaker
 

@@ -16,6 +16,11 @@ from typing import Any, NoReturn
 from fusedrl.engine.base.errors import ConfigError, SetupError, no_such
 from fusedrl.engine.cli.names import ELSEWHERE, HOW, known_elsewhere, nearest_names
 
+_OTHERS = ("mps", "xpu", "hpu", "xla", "mtia", "ipu", "meta", "vulkan", "hip", "privateuseone")
+_INSTEAD = {
+    "fusedrl report --compare": "; several runs are compared: fusedrl report RUN RUN, with --html "
+    "FILE on one page"
+}
 FAILED, CONFIGURATION, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
 
@@ -23,23 +28,13 @@ def check_device(name: str | None) -> None:
     """Raise ConfigError if `name` is not a device, SetupError if this machine lacks the device."""
     if name is None:
         return
+    check_device_name(name)
+    kind, _, number = name.partition(":")
+    if kind != "cuda":
+        return
     import torch
 
-    from fusedrl.engine.model.weights import DEVICES
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"config: expected device to be cpu, cuda or cuda:N, got {name!r}"
-        ) from error
-    if device.type not in DEVICES:
-        raise ConfigError(
-            f"config: expected device to be cpu, cuda or cuda:N, got {name!r}, which torch knows "
-            "and no kernel here has been made for; use "
-            "--device cpu"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if int(number or 0) >= torch.cuda.device_count():
         built = torch.version.cuda or torch.version.hip
         remedy = (
             "check the driver with nvidia-smi"
@@ -51,6 +46,19 @@ def check_device(name: str | None) -> None:
             f"{torch.cuda.device_count()} GPUs; {remedy}, "
             "or use --device cpu"
         )
+
+
+def check_device_name(name: str) -> None:
+    """Raise ConfigError if `name` is not cpu, cuda or cuda:N; torch is not loaded for it."""
+    if re.fullmatch(r"(cpu|cuda)(:\d{1,5})?", name):
+        return
+    other = name.partition(":")[0]
+    why = ", which torch knows and no kernel here has been made for" if other in _OTHERS else ""
+    meant = "cuda" if other.lower() in ("gpu", "nvidia", "cuda") else "cpu"
+    raise ConfigError(
+        f"config: expected device to be cpu, cuda or cuda:N, got {name!r}{why}; use --device "
+        f"{meant}"
+    )
 
 
 def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
@@ -74,9 +82,26 @@ def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that reports an error as a ConfigError with one message."""
+    """Parser that reports an error as a ConfigError with one message. A model that stands by itself
+    may be given as --model, too."""
+
+    words: Sequence[str] = ()  # that it was given
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, as argparse does."""
+        words = list(sys.argv[1:] if args is None else args)
+        by_place = any(one.dest == "model" and not one.option_strings for one in self._actions)
+        if by_place and "--model" not in self._option_string_actions:
+            words = _placed(words)
+        self.words = words
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            known = self._option_string_actions
+            named = [word for word in self.words if word.startswith("--") and word != "--"]
+            if wrong := [word for word in named if word.partition("=")[0] not in known]:
+                unknown_option(self, self.prog, wrong[0])
         for kind, words in (("int", "a whole number"), ("float", "a number")):
             message = message.replace(f": invalid {kind} value: ", f": expected {words}, got ")
         if choice := re.fullmatch(
@@ -95,6 +120,16 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def _placed(words: Sequence[str]) -> list[str]:
+    """Return the words with what follows --model at their beginning, where it stands by itself."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--model" and (equals or index + 1 < len(words)):
+            end = index + (1 if equals else 2)
+            return [value if equals else words[index + 1], *words[:index], *words[end:]]
+    return list(words)
+
+
 def refuse_unknown(
     parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
 ) -> NoReturn:
@@ -106,13 +141,21 @@ def refuse_unknown(
             if isinstance(action, argparse._SubParsersAction) and name in action.choices:
                 parser, prog = action.choices[name], f"{prog} {name}"
                 break
-    first = unknown[0].partition("=")[0]
+    unknown_option(parser, prog, unknown[0])
+
+
+def unknown_option(parser: argparse.ArgumentParser, prog: str, word: str) -> NoReturn:
+    """Raise ConfigError for an argument that a parser does not know, with a hint at the option that
+    was probably meant."""
+    first = word.partition("=")[0]
     known = {
         name.removeprefix("--").replace("-", "_"): name
         for name in parser._option_string_actions
         if name.startswith("--")
     }
-    hint = nearest(first.lstrip("-").replace("-", "_"), known, "--")
+    hint = _INSTEAD.get(f"{prog} {first}") or nearest(
+        first.lstrip("-").replace("-", "_"), known, "--"
+    )
     option = first.startswith("-")
     raise ConfigError(
         f"{prog.removeprefix('fusedrl ')}: unknown {'option' if option else 'argument'} "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli.common import Parser, count, count_or_none, output_file, report_json
+from fusedrl.engine.cli.early import check_data, check_models
 from fusedrl.engine.config.algorithms import ALGORITHMS
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def _preview(options: argparse.Namespace) -> None:
     if options.model is None and options.max_length is not None:
         raise ConfigError("data: --max_length counts tokens, which needs a tokenizer; add --model")
     _check_turns(options.stage, options.every_turn)
+    check_models([options.model])
+    check_data(sources)
     from fusedrl.engine.tools.preview import load_model, preview, print_preview
 
     model = None if options.model is None else load_model(options.model)

@@ -22,8 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, resume_command
 from fusedrl.engine.cli.common import check_device
+from fusedrl.engine.cli.early import check_run
 from fusedrl.engine.cli.processes import LOOPBACK, Processes, tell_killed
 from fusedrl.engine.config.base import StageConfig
+from fusedrl.engine.rewards.functions import load_ahead
+from fusedrl.engine.runs.files import check_unlocked
+from fusedrl.engine.runs.loggers import check_loggers
 
 if TYPE_CHECKING:
     from fusedrl.engine.parallel.ranks import Ranks
@@ -106,6 +110,8 @@ def start(
             on with the run there.
     """
     check_device(config.device)
+    if place is None:  # else the process that started this one has checked
+        check_run(config, functions=devices == 1)
     if devices > 1 and place is None:
         processes = Processes(config.run.signal_names)
         code = launch([*command, f"--devices={devices}"], devices, config.device, processes)
@@ -114,12 +120,12 @@ def start(
         if code:
             raise Stopped(code)
         return
-    train = function()
-    from fusedrl.engine.runs.loggers import check_loggers
-    from fusedrl.engine.runs.run import RESUME_COMMAND
-
-    if place is None or place.rank == 0:  # which has the loggers
+    if place is not None and place.rank == 0:  # which has the loggers
         check_loggers(config.run.loggers)
+    if place is None and not launched():
+        check_unlocked(config.run.dir)
+    train = function()
+    from fusedrl.engine.runs.run import RESUME_COMMAND
 
     told = RESUME_COMMAND.set(resume_command(directory))
     try:
@@ -127,6 +133,14 @@ def start(
             train(config)
     finally:
         RESUME_COMMAND.reset(told)
+        load_ahead(())  # nothing of this run is left for another
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, and the others of the run beside it."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def launch(argv: Sequence[str], count: int, device: str | None, processes: Processes) -> int:

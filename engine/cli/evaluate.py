@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fusedrl.engine.base.errors import ConfigError, RewardError
 from fusedrl.engine.cli.common import Parser, check_device, count, output_file, report_json
 from fusedrl.engine.cli.devices import on_devices
+from fusedrl.engine.cli.early import check_data, check_models, check_rewards
 from fusedrl.engine.cli.models import (
     device_options,
     generation_of,
@@ -103,6 +104,10 @@ def _eval(options: argparse.Namespace) -> None:
     if options.right is not None and not math.isfinite(options.right):
         raise ConfigError(f"eval: expected --right to be a number, got {options.right}")
     check_device(options.device)
+    check_data([options.data])
+    if options.place is None and options.devices == 1:
+        check_rewards(options.reward, [options.data])
+    check_models([options.model, options.reference, options.against])
     on_devices(options, partial(_evaluated, options))
 
 
@@ -240,13 +245,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"reward-check: expected --timeout >= 0, got {options.timeout:g}")
     if options.model and options.tokenizer:
         raise ConfigError("reward-check: --model has its own tokenizer; leave --tokenizer out")
+    specs = [options.reward] + ([] if options.against is None else [options.against])
     check_device(options.device)
+    check_data([options.data])
+    check_rewards(specs, [options.data] if options.model else ())
+    check_models([options.model])
     threads = set(threading.enumerate())
     from fusedrl.engine.base.tables import show
     from fusedrl.engine.rewards.rewards import load_functions, load_reward
     from fusedrl.engine.watch.reward_check import check_reward, check_tables
 
-    specs = [options.reward] + ([] if options.against is None else [options.against])
     # answered rows have columns of their own
     functions = load_functions(specs, *([options.data] if options.model else []))
     tokenizer, samples = _generated(options) if options.model else _given(options)

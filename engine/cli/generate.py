@@ -12,6 +12,7 @@ from zlib import crc32
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli.common import check_device, count, output_file
+from fusedrl.engine.cli.early import check_data, check_models, check_rewards
 from fusedrl.engine.cli.models import (
     device_options,
     generation_of,
@@ -84,6 +85,9 @@ def run_generate(options: argparse.Namespace) -> None:
     _check_best_of(options)
     _check_output(options)
     check_device(options.device)
+    check_data([options.data])
+    check_rewards(options.reward or (), ())
+    check_models([options.model])
     from fusedrl.engine.rollout.rollout import params_of
 
     if options.greedy:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.cli.common import Parser
+from fusedrl.engine.cli.common import Parser, nearest
 from fusedrl.engine.cli.fields import (
     default_in,
     defaults_of,
@@ -63,10 +62,9 @@ def _init(options: argparse.Namespace, stages: Mapping[str, Stage]) -> None:
     elif name in stages:
         stage, text = name, written(name, *stages[name], path.name)
     else:
-        close = difflib.get_close_matches(name, [*stages, *found], 1)
         raise ConfigError(
             f"init: unknown stage or recipe {name!r}"
-            f"{f', did you mean {close[0]}?' if close else ''}; expected a stage of fusedrl train "
+            f"{nearest(name, dict.fromkeys([*stages, *found]))}; expected a stage of fusedrl train "
             f"--help, or one of {', '.join(found)}"
         )
     if path.exists():

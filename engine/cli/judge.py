@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fusedrl.engine.cli.common import Parser, check_device, count, output_file, report_json
 from fusedrl.engine.cli.devices import on_devices
+from fusedrl.engine.cli.early import check_data, check_models, check_rewards
 from fusedrl.engine.cli.models import (
     device_options,
     generation_of,
@@ -72,6 +73,10 @@ def judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _judge(options: argparse.Namespace) -> None:
     check_device(options.device)
+    check_data([options.data])
+    if options.judge is None:
+        check_rewards(options.reward, [options.data])
+        check_models([options.a, options.b])
     on_devices(options, partial(_judged, options))
 
 

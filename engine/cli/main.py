@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, get_origin
 
 from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped, UserError
@@ -45,6 +46,7 @@ from fusedrl.engine.cli.common import (
     spelled,
 )
 from fusedrl.engine.cli.devices import devices_of, start
+from fusedrl.engine.cli.early import check_models
 from fusedrl.engine.cli.fields import fixed_of
 from fusedrl.engine.cli.generate import generate_options, run_generate
 from fusedrl.engine.cli.help import example, short_help, stages_help
@@ -515,7 +517,7 @@ def _plan(argv: list[str]) -> None:
         rest,
         {"data": "unread"} | ({"reward": ["unread"]} if "reward" in keys else {}),
     )
-    from fusedrl.engine.watch.plan import parse_memory, plan, print_plan
+    from fusedrl.engine.base.memory import parse_memory
 
     memory = None if own.memory is None else parse_memory(own.memory)
     try:
@@ -523,10 +525,14 @@ def _plan(argv: list[str]) -> None:
     except SetupError:
         if memory is None:  # else the plan is for a machine elsewhere
             raise
+    if not Path(config.model).is_file():
+        check_models([config.model])
+    from fusedrl.engine.watch.plan import no_fit, plan, print_plan
+
     found = plan(config, memory=memory, devices=devices)
     report_json(found.to_json(), own.output_json, lambda: print_plan(found))
     if not found.fits:
-        raise SystemExit(ENVIRONMENT)
+        raise SetupError(no_fit(found, keys))
 
 
 # ---- doctor --------------------------------------------------------------------------------------

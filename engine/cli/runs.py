@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusedrl.engine.base.errors import ConfigError, no_such, resume_command
 from fusedrl.engine.cli.common import CONFIGURATION, Parser, output_file, report_json
-from fusedrl.engine.cli.devices import devices_of, start
+from fusedrl.engine.cli.devices import devices_of, launched, start
+from fusedrl.engine.cli.early import check_models
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,9 +57,9 @@ def _runs(options: argparse.Namespace) -> None:
     from fusedrl.engine.runs.status import find_runs
 
     if not Path(options.directory).is_dir():
-        raise ConfigError(
-            f"runs: expected a directory with runs in it, and {no_such(options.directory)}"
-        )
+        there = Path(options.directory).exists()
+        why = f"{options.directory} is a file" if there else no_such(options.directory)
+        raise ConfigError(f"runs: expected a directory with runs in it, and {why}")
     found = find_runs(options.directory)
     report_json(
         [_to_json(one) for one in found],
@@ -83,7 +84,12 @@ def _next(run: RunState) -> str:
     at = shlex.quote(str(run.directory))
     if run.state == "running" or not run.resumes:
         return f"fusedrl report {at}"
-    return f"fusedrl export {at} DIR" if run.state == "finished" else resume_command(run.directory)
+    whole = run.state == "finished" and _has_model(run)
+    return f"fusedrl export {at} DIR" if whole else resume_command(run.directory)
+
+
+def _has_model(run: RunState) -> bool:
+    return (run.directory / "model" / "config.json").is_file()
 
 
 def _table(found: Sequence[RunState]) -> Table:
@@ -159,9 +165,34 @@ def run_resume(
         raise SystemExit(0 if argv else CONFIGURATION)
     stage, tree, given, status = resumed(argv)
     given, devices, place = devices_of(given)
-    command = ["resume", str(Path(argv[0]).absolute()), *argv[1:]]
+    began = Path(status.get("working_directory", "."))
+    command = ["resume", str(Path(argv[0]).absolute()), *_from_here(argv[1:], began)]
+    given = _from_here(given, began)
     with where_it_began(status):
         start(function(stage), parse(stage, given, tree=tree), command, argv[0], devices, place)
+
+
+_NAME_FILES = ("config", "data", "log", "model", "monitor_reward", "reference_model", "reward")
+
+
+def _from_here(words: Sequence[str], began: Path) -> list[str]:
+    """Return options given anew, with the whole path of each file that they name in the caller's
+    directory. A name that is the same file in the directory where the run began stays."""
+    found: list[str] = []
+    option = ""
+    for word in words:
+        before, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = before or option
+        if option.replace("-", "_").rpartition(".")[2].strip("_") not in _NAME_FILES:
+            found.append(word)
+            continue
+        path = value if Path(value).exists() else value.partition(":")[0]
+        here = Path(path)
+        named = bool(path) and not here.is_absolute() and here.exists()
+        if named and (began / path).resolve() != here.resolve():
+            value = f"{here.absolute()}{value[len(path) :]}"
+        found.append(f"{before}{equals}{value}")
+    return found
 
 
 def resumed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str], dict[str, Any]]:
@@ -208,19 +239,12 @@ def resumed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str], dict[s
     rest = list(argv[1:])
     given = {word.partition("=")[0] for word in rest}
     devices = status.get("devices", 1)
-    if not given & {"--devices", "--place"} and devices != 1 and not _launched():
+    if not given & {"--devices", "--place"} and devices != 1 and not launched():
         rest.append(f"--devices={devices}")
     began = Path(status.get("working_directory", "."))
     if (began / tree["run"]["dir"]).resolve() != root.resolve():  # it was moved
         rest.append(f"--run.dir={root.resolve()}")
     return stage, tree, [*rest, "--run.resume=true"], status
-
-
-def _launched() -> bool:
-    """Whether torchrun started this process, and the others of the run beside it."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 @contextlib.contextmanager
@@ -273,7 +297,52 @@ def _step(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"expected the number of a step, or best, got {text!r}")
 
 
+def _check_export(options: argparse.Namespace) -> None:
+    """Raise, before torch is loaded, the errors of `export` that names and files tell.
+
+    Raises:
+        FileExistsError: the target holds something.
+        FileNotFoundError: there is no such model.
+        ConfigError: the run has no model yet.
+    """
+    from fusedrl.engine.runs.files import steps_in
+    from fusedrl.engine.runs.status import run_state
+
+    final, source = Path(options.target), Path(options.source)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise FileExistsError(
+            f"export: expected {final} to be a new directory or an empty one; nothing is written "
+            "over"
+        )
+    run = run_state(source.parent if source.name == "model" else source) or run_state(source)
+    if run is None:
+        check_models([options.source])
+    elif options.step is None and not _has_model(run):
+        steps = ", ".join(str(step) for step, _ in reversed(steps_in(run.directory)))
+        checkpoint = f", or export a checkpoint with --step N (of {steps})" if steps else ""
+        raise ConfigError(f"export: {_unfinished(run)}{checkpoint}")
+
+
+def _unfinished(run: RunState) -> str:
+    """Return why a run has no model, and what to do."""
+    at, go_on = run.directory, resume_command(run.directory)
+    if run.state == "failed":
+        return (
+            f"{at} has no model, since its run failed at step {run.step}: "
+            f"{' '.join(run.message.split())[:300]}; mend that first, then go on with {go_on}"
+        )
+    if run.state == "finished":
+        return (
+            f"{at} has no model any more, though its run finished at step {run.step}; {go_on} "
+            "writes it again"
+        )
+    if run.state == "running":
+        return f"{at} has no model yet: the run is at step {run.step}; wait until it ends"
+    return f"{at} has no model yet, it is {run.state} at step {run.step}; go on with {go_on}"
+
+
 def _export(options: argparse.Namespace) -> None:
+    _check_export(options)
     from fusedrl.engine.tools.export import export
 
     path = export(

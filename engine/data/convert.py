@@ -64,11 +64,19 @@ class Reading:
 
 # ---- shared by formats ---------------------------------------------------------------------------
 def prompt_example(prompt: Prompt, row: Row, *used: str, **extra: Any) -> PromptExample:
-    """Return a prompt with the row's other columns, except those in `used`."""
+    """Return a prompt with the row's other columns, except those in `used`. Raise BadRow if the
+    prompt has no text."""
+    said = [prompt] if isinstance(prompt, str) else [one.get("content") or "" for one in prompt]
+    if not any(text.strip() for text in said) and not _calls(prompt):
+        raise BadRow("the prompt is empty, so that nothing is asked; fill it, or leave the row out")
     columns = {name: value for name, value in row.items() if name not in used}
     if not isinstance(prompt, str) and "tools" in columns:
         columns["tools"] = get.tools(row)
     return PromptExample(prompt, columns | extra)
+
+
+def _calls(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and any(one.get("tool_calls") for one in prompt)
 
 
 def prompts(

@@ -73,6 +73,12 @@ def many(row: Row, name: str, kind: type, what: str) -> tuple[Any, ...]:
     return tuple(values)
 
 
+SHAREGPT = (
+    '{"from", "value"} as ShareGPT writes it: write "from" as "role" and "value" as "content", '
+    "human as user, gpt as assistant"
+)
+
+
 # ---- messages ------------------------------------------------------------------------------------
 def messages(row: Row, name: str) -> Messages:
     """Return the column as messages. A list of strings becomes messages of user and assistant in
@@ -100,12 +106,7 @@ def messages(row: Row, name: str) -> Messages:
             theirs = isinstance(message, dict) and {"from", "value"} <= set(message)
             raise BadRow(
                 f'expected "{name}"[{index}] to be a message {{"role": string, "content": string}}'
-                + (
-                    ', got {"from", "value"} as ShareGPT writes it: write human as user, gpt as '
-                    "assistant"
-                    if theirs
-                    else ""
-                )
+                + (f", got {SHAREGPT}" if theirs else "")
             )
     return found
 

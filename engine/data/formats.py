@@ -315,6 +315,10 @@ def _other_name(lacking: str, others: list[str]) -> str:
 def unknown_columns(row: Row, kind: type | None) -> str:
     """Return the reason why no format fits: the columns found, and the nearest format."""
     of = "" if kind is None else f" of {NOUNS[kind]}"
+    for name, value in row.items():  # another name for the column would not help
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and {"from", "value"} <= set(first):
+            return f'"{name}" holds messages {get.SHAREGPT}; and call the column "messages"'
     return f"no format{of} has these columns: {_nearest(row, kind)}"
 
 

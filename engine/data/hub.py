@@ -14,26 +14,16 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fusedrl.engine.base.errors import DataError, SetupError
+from fusedrl.engine.base.errors import DataError, SetupError, chain_of, unreachable
 from fusedrl.engine.data.lines import RowRead
 from fusedrl.engine.data.sources import HUB, Source
 from fusedrl.engine.data.tables import BATCH, INSTALL, rows_of
 
-_NO_NETWORK = (
-    "ConnectionError",
-    "ConnectError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "Timeout",
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "HfHubHTTPError",
-    "ProxyError",
-    "SSLError",
-)
+_PATIENCE = 10.0  # seconds in which the hub answers
 
 
 def read_hub(source: Source, *, streaming: bool = False) -> Iterator[RowRead]:
@@ -97,14 +87,37 @@ def _load(source: Source, streaming: bool) -> Any:
         return datasets.load_from_disk(name)
     if name.startswith((".", "/")) and not directory.is_dir():
         raise DataError(f"{source.name}: expected a directory behind {HUB}, and there is none")
-    return datasets.load_dataset(
-        name,
-        source.config,
-        split=split,
-        revision=source.revision,
-        streaming=streaming,
-        trust_remote_code=False,
-    )
+    with _asked_once(directory, name):
+        return datasets.load_dataset(
+            name,
+            source.config,
+            split=split,
+            revision=source.revision,
+            streaming=streaming,
+            trust_remote_code=False,
+        )
+
+
+@contextmanager
+def _asked_once(directory: Path, name: str) -> Iterator[None]:
+    """Within the block, take a data set from the cache alone if the hub cannot be reached. Its
+    client would ask for half a minute, and print every attempt."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    away = False
+    if not directory.is_dir() and not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().dataset_info(name, timeout=_PATIENCE)
+        except Exception as error:  # all others are told by `datasets`
+            away = unreachable(error)
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if away:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _no_split(source: Source, split: str, known: list[str]) -> DataError:
@@ -118,7 +131,7 @@ def _no_split(source: Source, split: str, known: list[str]) -> DataError:
 def _told(source: Source, error: Exception) -> Exception:
     """Return the error to raise for one of `datasets` or of the libraries below it."""
     text = " ".join(str(error).split())
-    names = [type(one).__name__ for one in _chain(error)]
+    names = [type(one).__name__ for one in chain_of(error)]
     if "scripts are no longer supported" in text:
         return DataError(
             f"{source.name}: the data set is a script, and scripts of others are never run; the "
@@ -141,10 +154,10 @@ def _told(source: Source, error: Exception) -> Exception:
             f"{source.name}: the data set is gated: accept its terms on its page, then log in with "
             "`hf auth login`"
         )
-    if any(name in _NO_NETWORK for name in names):
+    if unreachable(error):
         return SetupError(
-            f"{source.name}: the hub cannot be reached, and the data set is not in the cache "
-            f"({names[0]}: {text[:200]}); run it once with a network, set HF_HOME to a cache that "
+            f"{source.name}: the hub cannot be reached, and the data set is not in the cache; "
+            f"run it once with a network, set HF_HOME to a cache that "
             f"has it, or name a directory: {HUB}./DIRECTORY. HF_HUB_OFFLINE=1 asks the cache alone"
         )
     if "DatasetNotFoundError" in names:
@@ -161,11 +174,3 @@ def _told(source: Source, error: Exception) -> Exception:
         f"{source.name}: datasets cannot read it ({names[0]}: {text[:300]}); if the data set is "
         "damaged, delete it from the cache and try again"
     )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its causes."""
-    seen = 0
-    while error is not None and seen < 10:
-        yield error
-        error, seen = error.__cause__ or error.__context__, seen + 1

@@ -138,7 +138,9 @@ def parse_row(raw: bytes) -> Row:
     try:
         row = json.loads(text, parse_constant=_not_json, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise BadRow(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise BadRow(
+            f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise BadRow(f"not JSON: {error}") from error
     if not isinstance(row, dict):

@@ -270,7 +270,8 @@ def _load(
         raise DataError(
             "\n".join(described(total.bad))
             + f"\n{len(total.bad)} bad line{'s'[: len(total.bad) != 1]}, "
-            f"{len(total.items)} good; mend the file, or set skip_bad_lines"
+            f"{len(total.items)} good; mend the file"
+            + (", or set skip_bad_lines" if total.items else "")
         )
     if total.bad and rejects is not None:
         _write_rejects(Path(rejects), total.bad, {source.name for source in sources})

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fusedrl.engine.base.errors import DataError, check_no_pointer, no_such
-from fusedrl.engine.data.delimited import read_delimited, typed
+from fusedrl.engine.data.delimited import other_separator, read_delimited, typed
 from fusedrl.engine.data.fields import column
 from fusedrl.engine.data.lines import BadRow, Row, RowRead, parse_row, read_lines
 from fusedrl.engine.data.sources import HUB, Source
@@ -142,7 +142,8 @@ def read_rows(source: Source, *, streaming: bool = False) -> Iterator[RowRead]:
             row = renamed(one.row, source.columns)
             yield one._replace(row=typed(row) if kind == "csv" else row)
         except BadRow as reason:
-            yield one._replace(fault=str(reason))
+            split = other_separator(list(one.row), source.separator) if kind == "csv" else ""
+            yield one._replace(fault=split or str(reason))
 
 
 def _read(source: Source, kind: str, streaming: bool) -> Iterator[RowRead]:

@@ -178,10 +178,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, **options: A
 def _templates() -> Iterator[None]:
     """Turn an error of a chat template within the block into a DataError about data and
     template."""
-    from jinja2.exceptions import TemplateError
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
         yield
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"the model's chat template is no template that can be read: {error.message} (line "
+            f"{error.lineno} of it); mend chat_template.jinja, or chat_template in "
+            "tokenizer_config.json, in the model's directory"
+        ) from error
     except Exception as error:  # a template calls, indexes and divides as it likes
         said = error if isinstance(error, TemplateError) else told(error)
         raise DataError(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from fusedrl.engine.base.errors import no_such, resume_command
+from fusedrl.engine.base.errors import no_such, resume_command, unreachable
 
 # no pickles are ever fetched
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -37,13 +37,24 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     path = local_directory(path_or_id)
     if path is not None:
         return path
+    return _fetched(str(path_or_id), _HUB_FILES)
+
+
+def resolve_config(model_id: str) -> Path:
+    """Return the config.json of a model of the hub; only that is downloaded. Raise
+    FileNotFoundError as `resolve_directory` does."""
+    return _fetched(model_id, ["config.json"]) / "config.json"
+
+
+def _fetched(model_id: str, patterns: list[str]) -> Path:
+    """Download files of a model. The hub is asked once: without a network this ends at once."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
     # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
     except Exception as error:
-        raise not_fetched(path_or_id, error) from error
+        raise _not_fetched(model_id, error) from error
 
 
 def cached_snapshot(model_id: str) -> Path | None:
@@ -71,16 +82,25 @@ def local_directory(path_or_id: str | Path) -> Path | None:
         raise FileNotFoundError(_of_file(path))
     if not _ID.fullmatch(text) or _is_model_of_run(path):
         raise FileNotFoundError(_of_nothing(text))
+    # a name without an owner is mostly a directory that is misspelt; old ids have none either
+    if "/" not in text and cached_snapshot(text) is None:
+        raise FileNotFoundError(_of_nothing(text))
     return None
 
 
-def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
+def _not_fetched(model_id: str, error: Exception) -> FileNotFoundError:
     """Return the error for an id that could not be downloaded from the hub."""
-    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    away = unreachable(error)
+    reason = (
+        "the Hugging Face hub cannot be reached, and it is not in the cache"
+        if away
+        else "fetching it from the Hugging Face hub failed "
+        f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    )
+    remedy = "the network (HF_HOME says where the cache is)" if away else "the network"
     return FileNotFoundError(
-        f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub "
-        f"failed ({reason}); "
-        f"check the path ({no_such(path_or_id)}), the id or the network"
+        f"{model_id!r} is no directory here, and {reason}; check the path ({no_such(model_id)}), "
+        f"the id or {remedy}"
     )
 
 

@@ -37,7 +37,7 @@ from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.directories import (
     local_directory,
     no_model,
-    not_fetched,
+    resolve_config,
     resolve_directory,
 )
 from fusedrl.engine.model.lora import merging
@@ -215,15 +215,7 @@ def read_model_config(model: str) -> ModelConfig:
         return model_config(read_json(path))
     if (directory := local_directory(model)) is not None:
         return model_config(directory)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return model_config(read_json(Path(hf_hub_download(model, "config.json"))))
-    except ValueError:
-        raise
-    # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
-    except Exception as error:
-        raise not_fetched(model, error) from error
+    return model_config(read_json(resolve_config(model)))
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:

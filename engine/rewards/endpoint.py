@@ -29,6 +29,7 @@ example: "Rating: [[5]]".
 
 [The end of the assistant's answer]"""
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_NO_KEY = "none"
 _LOWEST, _HIGHEST = 1.0, 10.0
 _GATES: WeakKeyDictionary[
     asyncio.AbstractEventLoop, dict[tuple[str, str, int], asyncio.Semaphore]
@@ -72,11 +73,7 @@ async def judge(
 
     Source: Zheng et al. (2023), "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", figure 6.
     """
-    if concurrency < 1 or retries < 0 or not timeout > 0:
-        raise RewardError(
-            "reward 'judge': expected concurrency >= 1, retries >= 0 and timeout > 0, got "
-            f"concurrency={concurrency}, retries={retries}, timeout={timeout}"
-        )
+    _check_numbers(concurrency, timeout, retries)
     text, gate = _rubric(rubric), _gate(model, base_url, concurrency)
     filled = [
         text.replace("{prompt}", _shown(prompt)).replace("{completion}", text_of(said))
@@ -94,6 +91,40 @@ async def judge(
         finally:
             for one in asked:  # after an error the others are not waited for
                 one.cancel()
+
+
+def check_judge(
+    *,
+    model: str,
+    base_url: str = "",
+    rubric: str = "",
+    concurrency: int = 8,
+    timeout: float = 60.0,
+    retries: int = 3,
+) -> None:
+    """Check the options of `judge` before anything is sent.
+
+    Raises:
+        SetupError: the package is missing, or the key where the endpoint is OpenAI's.
+        RewardError: a number is out of range, or the rubric is no such file.
+    """
+    _check_numbers(concurrency, timeout, retries)
+    _rubric(rubric)
+    client = _client(base_url, timeout, retries)
+    if client.api_key == _NO_KEY and client.base_url.host == "api.openai.com":
+        raise SetupError(
+            f"reward 'judge': no key is set, and without base_url the endpoint is "
+            f"{client.base_url}; set OPENAI_API_KEY, or name a server of your own: "
+            f"judge:model={model},base_url=http://localhost:8000/v1"
+        )
+
+
+def _check_numbers(concurrency: int, timeout: float, retries: int) -> None:
+    if concurrency < 1 or retries < 0 or not timeout > 0:
+        raise RewardError(
+            "reward 'judge': expected concurrency >= 1, retries >= 0 and timeout > 0, got "
+            f"concurrency={concurrency}, retries={retries}, timeout={timeout}"
+        )
 
 
 def _gate(model: str, base_url: str, concurrency: int) -> asyncio.Semaphore:
@@ -139,7 +170,7 @@ def _client(base_url: str, timeout: float, retries: int) -> AsyncOpenAI:
     try:
         return openai.AsyncOpenAI(**options)
     except openai.OpenAIError:  # no key: a server of one's own needs none, OpenAI's says so
-        return openai.AsyncOpenAI(**options, api_key="none")
+        return openai.AsyncOpenAI(**options, api_key=_NO_KEY)
 
 
 async def _rated(

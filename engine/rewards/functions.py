@@ -4,6 +4,7 @@ is read. Nothing here needs torch, so that a worker process starts in a moment."
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -18,12 +19,33 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fusedrl.engine.base.blame import Invalid, Parameters, place_of, shown, told
 from fusedrl.engine.base.errors import RewardError, Stopped, no_such
 from fusedrl.engine.data.records import Prompt
-from fusedrl.engine.rewards.ready import Ready, ready
+from fusedrl.engine.rewards.ready import READY, Ready, ready
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fusedrl.engine.data.sources import Data
+
 ARGUMENTS = ("prompts", "completions", "completion_ids")  # of every reward
+SINGULAR = {  # what a function may call its arguments -> what they are called
+    "prompt": "prompts",
+    "prompt_ids": "prompts",
+    "completion": "completions",
+    "completions_ids": "completion_ids",
+    "completion_id": "completion_ids",
+    "response": "completions",
+    "responses": "completions",
+    "output": "completions",
+    "outputs": "completions",
+    "text": "completions",
+    "texts": "completions",
+    "token_ids": "completion_ids",
+}
+LISTS = (
+    "prompts are messages here, and so is each completion c: a list with one message, whose text "
+    'is c[-1]["content"]'
+)
+_AHEAD: dict[str, Callable[..., Any]] = {}  # by load_ahead, until a run takes them
 LARGEST = 1e15  # largest absolute value of a reward
 
 
@@ -73,10 +95,18 @@ class FunctionReward:
         """Raise RewardError if the function needs a column of the data that is not among these."""
         self._check_named(columns)
         if isinstance(self.function, Ready):  # it names the column that it looks for
-            self.function([], [], [], **dict.fromkeys(columns, ()))
+            self.function.try_columns(columns)
 
     def _check_named(self, columns: Collection[str]) -> None:
-        if missing := self._parameters.lacking({*ARGUMENTS, *columns}):
+        missing = self._parameters.lacking({*ARGUMENTS, *columns})
+        if missing in SINGULAR:
+            raise RewardError(
+                f"reward {self.name!r}, {place_of(self.function)}: expected its arguments to be "
+                f"called {', '.join(ARGUMENTS)} or as a column of the data, got {missing!r}; write "
+                f"{SINGULAR[missing]}, a list with one entry per completion, and return a list"
+                + (" (ids are given of completions alone)" if missing == "prompt_ids" else "")
+            )
+        if missing:
             raise RewardError(
                 f"reward {self.name!r} needs the column {missing!r} of the data, which has "
                 f"{', '.join(sorted(columns)) or 'none'} beside the prompt; add it there, or give "
@@ -108,6 +138,19 @@ class FunctionReward:
     def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:
         return self.function(**self.arguments(rollout))
 
+    def explained(self, error: Exception, rollout: Rollout) -> Exception:
+        """Return what the function raised, with what its arguments are if it took the messages of
+        a conversation for a text."""
+        cause = error.__cause__
+        mistaken = isinstance(cause, AttributeError | TypeError | KeyError | ValueError)
+        if (
+            not mistaken
+            or "list" not in str(cause)
+            or all(isinstance(prompt, str) for prompt in rollout.prompts)
+        ):
+            return error
+        return type(error)(f"{error}; {LISTS}")
+
     def arguments(self, rollout: Rollout) -> dict[str, Any]:
         """Return what the function is called with, as copies that it may write to.
 
@@ -134,13 +177,78 @@ class FunctionReward:
 
 def load_function(spec: str) -> Callable[..., Any] | None:
     """Load the reward function that `file.py:function`, or the name of a ready reward with its
-    options, names. Return None if it names none. Errors are those of `load_reward`."""
+    options, names. Return None for a directory, which may be that of a reward model.
+
+    Raises:
+        RewardError: no such file, no such function, a failed import, an option that a ready reward
+            does not have, or none of all these.
+    """
+    if spec in _AHEAD:
+        return _AHEAD.pop(spec)  # of this run; another imports its file anew
     if (found := ready(spec)) is not None:
         return found
     path, colon, function = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return import_function(Path(path), function)
-    return None
+    if spec and Path(spec).is_dir():
+        return None
+    raise RewardError(
+        f"reward {spec!r}: expected file.py:function, the directory of a reward model, or one "
+        f"of {', '.join(READY)}; {_no_reward(spec)}"
+    )
+
+
+def load_ahead(specs: Sequence[str], *data: Data) -> None:
+    """Load the functions that rewards name, so that what is wrong with one is told before torch is
+    loaded; `load_function` hands each out once. What was left over from an earlier call is
+    dropped. Arguments and errors are those of `check_columns` and `load_function`."""
+    _AHEAD.clear()
+    for spec in specs:
+        if (found := load_function(spec)) is not None:
+            check_columns(FunctionReward(found), *data)
+            _AHEAD[spec] = found
+
+
+def check_columns(reward: FunctionReward, *data: Data) -> None:
+    """Raise RewardError if a reward needs a column that no row of one of the data has."""
+    from fusedrl.engine.data.readers import prompt_columns  # which a worker process has no use for
+
+    for one in data:
+        try:
+            reward.check(prompt_columns(one, whole=False))
+        except RewardError:
+            reward.check(prompt_columns(one, whole=True))
+
+
+def _no_reward(spec: str) -> str:
+    """Describe a specification that is neither a function nor a directory."""
+    path, colon, function = spec.rpartition(":")
+    if not spec:
+        return "got nothing"
+    if spec.endswith(".py"):
+        return f"name the function, {spec}:NAME" + (
+            "" if Path(spec).is_file() else f"; and {no_such(spec)}"
+        )
+    if "://" in spec:
+        return (
+            "nothing is downloaded from an address, and none is asked for a score: a function "
+            "may ask one"
+        )
+    if Path(spec).exists():
+        return f"{spec} is a file"
+    name = spec.partition(":")[0]
+    if close := difflib.get_close_matches(name.lower().replace("-", "_"), READY, 1, 0.75):
+        return f"did you mean {close[0]}{spec.removeprefix(name)}?"
+    if colon and function.isidentifier():
+        return f"the function's file ends in .py, got {path!r}"
+    hub = spec.count("/") == 1 and spec[0] not in "./~"
+    fetched = (
+        f"; if it is a reward model of the Hugging Face hub, fetch it: hf download {spec} "
+        "--local-dir DIR"
+        if hub
+        else ""
+    )
+    return f"there is no such directory: {no_such(spec)}{fetched}"
 
 
 def import_function(
@@ -182,10 +290,15 @@ def import_function(
         known = [
             key
             for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_")
+            if (inspect.isfunction(value) or (classes and inspect.isclass(value)))
+            and value.__module__ == name
+            and not key.startswith("_")
         ]
+        close = difflib.get_close_matches(function, known, 1)
+        noun = "functions and classes" if classes else "functions"
         raise RewardError(
-            f"{what} {path}:{function}: the file has no {function!r}; its functions: "
+            f"{what} {path}:{function}: the file has no {function!r}"
+            f"{f', did you mean {close[0]}?' if close else ''}; its {noun}: "
             f"{', '.join(known) or 'none'}"
         )
     if inspect.isclass(found) and not classes:

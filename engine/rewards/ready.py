@@ -23,12 +23,12 @@ import difflib
 import inspect
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fusedrl.engine.base.errors import RewardError, SetupError
 from fusedrl.engine.rewards.answers import final_answer, last_number, plain, same_answer
-from fusedrl.engine.rewards.endpoint import judge
+from fusedrl.engine.rewards.endpoint import check_judge, judge
 from fusedrl.engine.rewards.programs import TESTS, code
 from fusedrl.engine.rewards.texts import column_of, text_of
 
@@ -255,6 +255,13 @@ class Ready:
         self.__name__ = function.__name__
         self._known = options_of(function)
 
+    def try_columns(self, columns: Collection[str]) -> None:
+        """Call the reward of no completion, so that it raises where a column or a package is
+        lacking."""
+        found = self([], [], [], **dict.fromkeys(columns, ()))
+        if inspect.iscoroutine(found):
+            found.close()  # it checks nothing before its first await
+
     def __call__(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> Any:
         arguments = {
             "prompts": prompts,
@@ -300,7 +307,9 @@ def ready(spec: str) -> Ready | None:
             raise RewardError(f"reward {spec!r}: expected {name}:{key}=..., which has no default")
     reward = Ready(READY[name], options)
     # of no completion, so that wrong options and missing packages are told before a rollout
-    reward([], [], [], **dict.fromkeys([*GOLD, *TESTS, options.get("column", "")], ()))
+    reward.try_columns([*GOLD, *TESTS, options.get("column", "")])
+    if name == "judge":
+        check_judge(**options)
     return reward
 
 

@@ -35,9 +35,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedrl.engine.base.blame import Invalid, blame, shown
-from fusedrl.engine.base.errors import RewardError, no_such
+from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.data.readers import prompt_columns
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.sources import Data
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
@@ -47,12 +46,13 @@ from fusedrl.engine.rewards.functions import (
     FunctionReward,
     Reward,
     Rollout,
+    check_columns,
     load_function,
     number_of,
     values_of,
 )
 from fusedrl.engine.rewards.pool import Workers
-from fusedrl.engine.rewards.ready import READY, Ready, ready
+from fusedrl.engine.rewards.ready import Ready, ready
 from fusedrl.engine.rewards.remote import Ahead, Found, Key, WorkerReward
 
 if TYPE_CHECKING:
@@ -308,10 +308,8 @@ class RewardSet:
         for name, reward in zip(self.names, self.rewards, strict=True):
             own = getattr(reward, "function", None)
             user = None if isinstance(own, Ready) else own
-            call = partial(reward, rollout)
-            returned.append(
-                known[name] if name in known else blame(f"reward {name!r}", call, function=user)
-            )
+            call = partial(blame, f"reward {name!r}", partial(reward, rollout), function=user)
+            returned.append(known[name] if name in known else _explained(reward, rollout, call))
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
         if pending:
 
@@ -329,8 +327,19 @@ class RewardSet:
                 for index, value in zip(
                     pending, thread.submit(asyncio.run, gather()).result(), strict=True
                 ):
-                    returned[index] = blame(f"reward {self.names[index]!r}", partial(_value, value))
+                    call = partial(blame, f"reward {self.names[index]!r}", partial(_value, value))
+                    returned[index] = _explained(self.rewards[index], rollout, call)
         return returned
+
+
+def _explained(reward: Reward, rollout: Rollout, call: Callable[[], Any]) -> Any:
+    """Call, and let a function's reward explain the error that it raised."""
+    try:
+        return call()
+    except RewardError as error:
+        if not isinstance(reward, FunctionReward):
+            raise
+        raise reward.explained(error, rollout) from error.__cause__
 
 
 @dataclass(frozen=True)
@@ -474,12 +483,7 @@ def load_reward(
         if workers is not None and workers.processes:
             return WorkerReward(reward, workers, str(spec))
         return reward
-    if str(spec) and Path(spec).is_dir():
-        return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
-    raise RewardError(
-        f"reward {str(spec)!r}: expected file.py:function, the directory of a reward model, or one "
-        f"of {', '.join(READY)}; {_no_reward(str(spec))}"
-    )
+    return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
 
 
 def load_functions(specs: Sequence[Specification], *data: Data) -> list[Specification]:
@@ -505,41 +509,9 @@ def load_functions(specs: Sequence[Specification], *data: Data) -> list[Specific
             continue
         reward = load_reward(spec)
         if isinstance(reward, FunctionReward):
-            for one in data:
-                try:
-                    reward.check(prompt_columns(one, whole=False))
-                except RewardError:
-                    reward.check(prompt_columns(one, whole=True))
+            check_columns(reward, *data)
             found.append(Named(text, reward.function) if text else reward.function)
     return found
-
-
-def _no_reward(spec: str) -> str:
-    """Describe a specification that is neither a function nor a directory."""
-    path, colon, function = spec.rpartition(":")
-    if not spec:
-        return "got nothing"
-    if spec.endswith(".py"):
-        return f"name the function, {spec}:NAME" + (
-            "" if Path(spec).is_file() else f"; and {no_such(spec)}"
-        )
-    if "://" in spec:
-        return (
-            "nothing is downloaded from an address, and none is asked for a score: a function "
-            "may ask one"
-        )
-    if Path(spec).exists():
-        return f"{spec} is a file"
-    if colon and function.isidentifier():
-        return f"the function's file ends in .py, got {path!r}"
-    hub = spec.count("/") == 1 and spec[0] not in "./~"
-    fetched = (
-        f"; if it is a reward model of the Hugging Face hub, fetch it: hf download {spec} "
-        "--local-dir DIR"
-        if hub
-        else ""
-    )
-    return f"there is no such directory: {no_such(spec)}{fetched}"
 
 
 class ModelReward:

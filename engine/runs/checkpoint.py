@@ -32,14 +32,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError, resume_command
+from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
 from fusedrl.engine.model.weights import check_replaceable, clear_remains
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 from fusedrl.engine.runs.files import (
+    RESULTS,
     RunLock,
     flat,
+    holds_a_run,
+    holds_records,
     make_directory,
+    records_of,
     set_aside,
+    steps_in,
     sync_directory,
     write_file,
     write_new,
@@ -55,7 +60,6 @@ from fusedrl.engine.runs.inputs import (
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
 CHANGES = "changes.jsonl"
-RESULTS = ("model", "adapter", "critic")  # directories that a run writes at its end
 FREE_KEYS = (
     "run.dir",
     "run.resume",
@@ -174,7 +178,7 @@ def save_checkpoint(
         raise
     _verify(target)
     # later ones are broken, or this step could not be new
-    for number, old in [found for found in _steps(root) if found[0] <= step][keep:]:
+    for number, old in [found for found in steps_in(root.parent) if found[0] <= step][keep:]:
         if number not in spare:
             _remove(old)
     ranks.meet("the end of a checkpoint")
@@ -323,11 +327,9 @@ def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
     """
     root = Path(run_dir) / "checkpoints"
     try:
-        if not _is_directory(root):
-            return None
         for stale in root.glob(".tmp_*"):
             shutil.rmtree(stale, ignore_errors=True)
-        for step, path in _steps(root):
+        for step, path in steps_in(Path(run_dir)):
             try:
                 manifest = _verify(path)
                 if manifest["step"] != step:
@@ -343,14 +345,6 @@ def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
             "from an earlier checkpoint for good, move the one that cannot be read elsewhere"
         ) from error
     return None
-
-
-def _is_directory(path: Path) -> bool:
-    """Whether a path is a directory. Unlike Path.is_dir, raise OSError if that cannot be told."""
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
@@ -377,8 +371,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a run by their steps, newest first; they are not verified."""
-    root = Path(run_dir) / "checkpoints"
-    return dict(_steps(root)) if root.is_dir() else {}
+    return dict(steps_in(Path(run_dir)))
 
 
 def checkpoint_of(run_dir: str | Path, step: int) -> Checkpoint:
@@ -392,15 +385,6 @@ def checkpoint_of(run_dir: str | Path, step: int) -> Checkpoint:
         there = ", ".join(map(str, sorted(steps))) or "none"
         raise CheckpointError(f"{run_dir}: has no checkpoint of step {step}; it has {there}")
     return read_checkpoint(steps[step], step, _verify(steps[step])["files"])
-
-
-def _steps(root: Path) -> list[tuple[int, Path]]:
-    found = [
-        (int(match[1]), path)
-        for path in root.iterdir()
-        if (match := re.fullmatch(r"step_(\d{8})", path.name)) and not path.is_symlink()
-    ]
-    return sorted(found, reverse=True)
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -512,13 +496,10 @@ class RunDirectory:
         try:
             self.checkpoint = latest_checkpoint(self.dir)
             if self.checkpoint is not None and not config.run.resume:
-                raise ConfigError(
-                    f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with "
-                    f"{resume_command(self.dir)}, or choose another --run.dir"
-                )
+                raise holds_a_run(self.dir, self.checkpoint.step)
             if self.checkpoint is not None:
                 self._check_unchanged(self.checkpoint.step, current, config)
-            elif found := _records(self.dir):
+            elif found := records_of(self.dir):
                 self._restart(found, config.run.restart)
             elif config.run.resume:
                 _log.warning(
@@ -539,13 +520,7 @@ class RunDirectory:
     def _restart(self, found: list[str], wanted: bool) -> None:
         """Move the records of a run that cannot be continued out of the way, if that is wanted."""
         if not wanted:
-            raise ConfigError(
-                f"{self.dir}: holds records of a run ({', '.join(found)}) and no checkpoint to "
-                "continue it from; expected an empty "
-                f"directory or a run. Choose another --run.dir, or move {self.dir} away if the "
-                "records may go; --run.restart true moves them into a directory in it, and begins "
-                "anew"
-            )
+            raise holds_records(self.dir, found)
         self.notes.append(
             f"{', '.join(found)} of a run without a checkpoint to continue from: moved to "
             f"{set_aside(self.dir)}; beginning anew"
@@ -639,20 +614,6 @@ def _schedules(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
         f"so that from here on it is that of a run of {now} steps, and the run is not the same as "
         f"one that was started with {now}"
     )
-
-
-def _records(run_dir: Path) -> list[str]:
-    """Return the remains of an earlier run that a new one would overwrite: steps in metrics.jsonl,
-    checkpoints that do not verify, a model."""
-    names = {entry.name for entry in os.scandir(run_dir)}
-    lines = (
-        (run_dir / "metrics.jsonl").read_bytes().splitlines() if "metrics.jsonl" in names else []
-    )
-    # lines of step 0 precede the first training step, so nothing is lost with them
-    found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
-    root = run_dir / "checkpoints"
-    found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if _is_directory(root) else []
-    return found + [name for name in RESULTS if name in names]
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

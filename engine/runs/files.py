@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import platform
+import re
 import stat
 import time
 import weakref
@@ -15,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fusedrl.engine.base.errors import ConfigError, SetupError
+from fusedrl.engine.base.errors import ConfigError, SetupError, resume_command
 
+RESULTS = ("model", "adapter", "critic")  # directories that a run writes at its end
 _PATIENCE = 0.2  # seconds
 
 
@@ -32,19 +34,7 @@ class RunLock:
 
     def __init__(self, run_dir: str | Path) -> None:
         path = Path(run_dir) / "lock"
-        if file := next(
-            (
-                part
-                for part in (path.parent, *path.parent.parents)
-                if part.exists() and not part.is_dir()
-            ),
-            None,
-        ):
-            raise ConfigError(
-                "config: expected run.dir to be the directory of a run, or one to be made, got "
-                f"{str(run_dir)!r}, and {file} is a file; choose "
-                "another --run.dir"
-            )
+        _check_no_file(path.parent)
         try:
             make_directory(path.parent)
             self._file = _open_lock(path, os.O_RDWR | os.O_CREAT)
@@ -54,12 +44,9 @@ class RunLock:
                 f"{error.filename}); choose another --run.dir, or change the rights there"
             ) from error
         if not _locked(self._file):
-            holder = self._file.read(1000).decode("utf-8", "replace").strip()
+            holder = self._file.read(1000)
             self._file.close()
-            raise SetupError(
-                f"{run_dir}: another run writes here ({holder or 'an unknown process'}); wait for "
-                "it, stop it, or choose another --run.dir"
-            )
+            raise _held_by(run_dir, holder)
         _held.add(self)
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on host {platform.node()}\n".encode())
@@ -80,6 +67,23 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _check_no_file(run_dir: Path) -> None:
+    for part in (run_dir, *run_dir.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(
+                "config: expected run.dir to be the directory of a run, or one to be made, got "
+                f"{str(run_dir)!r}, and {part} is a file; choose another --run.dir"
+            )
+
+
+def _held_by(run_dir: str | Path, holder: bytes) -> SetupError:
+    who = holder.decode("utf-8", "replace").strip() or "an unknown process"
+    return SetupError(
+        f"{run_dir}: another run writes here ({who}); wait for it, stop it, or choose another "
+        "--run.dir"
+    )
 
 
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
@@ -142,6 +146,89 @@ def is_locked(run_dir: str | Path) -> bool:
     except (OSError, ConfigError):
         return False
     return False
+
+
+# ---- what an earlier run left --------------------------------------------------------------------
+def check_new_run(run_dir: str | Path, *, resume: bool, restart: bool) -> None:
+    """Raise the error with which a run would end that begins in this directory, as far as names of
+    files tell; nothing is read, written or locked.
+
+    Args:
+        resume: whether the run goes on with one that is there.
+        restart: whether the records of a run without a checkpoint are moved aside.
+    Raises:
+        ConfigError: the path, or a directory on the way to it, is a file; or the directory holds a
+            run.
+    """
+    root = Path(run_dir)
+    _check_no_file(root)
+    if not root.is_dir():
+        return
+    whole = [step for step, path in steps_in(root) if (path / "MANIFEST.json").is_file()]
+    if whole and not resume:
+        raise holds_a_run(root, whole[0])
+    if not whole and not restart and (found := records_of(root)):
+        raise holds_records(root, found)
+
+
+def check_unlocked(run_dir: str | Path) -> None:
+    """Raise SetupError if another live process writes to the directory of a run."""
+    if is_locked(run_dir):
+        with _open_lock(Path(run_dir) / "lock", os.O_RDONLY) as file:
+            raise _held_by(run_dir, file.read(1000))
+
+
+def holds_a_run(run_dir: Path, step: int) -> ConfigError:
+    """Return the error for a directory with a run whose newest checkpoint is that of a step."""
+    return ConfigError(
+        f"{run_dir}: holds a run (step {step}); continue it with {resume_command(run_dir)}, or "
+        "choose another --run.dir"
+    )
+
+
+def holds_records(run_dir: Path, found: Iterable[str]) -> ConfigError:
+    """Return the error for a directory with records of a run that has no checkpoint."""
+    return ConfigError(
+        f"{run_dir}: holds records of a run ({', '.join(found)}) and no checkpoint to "
+        f"continue it from; expected an empty directory or a run. Choose another --run.dir, or "
+        f"move {run_dir} away if the records may go; --run.restart true moves them into a "
+        "directory in it, and begins anew"
+    )
+
+
+def records_of(run_dir: Path) -> list[str]:
+    """Return the remains of an earlier run that a new one would overwrite: steps in metrics.jsonl,
+    checkpoints that do not verify, a model."""
+    names = {entry.name for entry in os.scandir(run_dir)}
+    lines = (
+        (run_dir / "metrics.jsonl").read_bytes().splitlines() if "metrics.jsonl" in names else []
+    )
+    # lines of step 0 precede the first training step, so nothing is lost with them
+    found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
+    found += [f"checkpoints/{path.name}" for _, path in steps_in(run_dir)]
+    return found + [name for name in RESULTS if name in names]
+
+
+def steps_in(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return the steps of a run whose checkpoints are there, and their directories, newest first;
+    they are not verified. Raise OSError if the directory cannot be read."""
+    root = run_dir / "checkpoints"
+    if not _is_directory(root):
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in root.iterdir()
+        if (match := re.fullmatch(r"step_(\d{8})", path.name)) and not path.is_symlink()
+    ]
+    return sorted(found, reverse=True)
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether a path is a directory. Unlike Path.is_dir, raise OSError if that cannot be told."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def set_aside(run_dir: Path) -> Path:

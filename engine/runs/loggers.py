@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
 from fusedrl.engine.base.blame import blame, check_call, place_of, told
-from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.errors import ConfigError, SetupError, UserError
 from fusedrl.engine.rewards.functions import import_function
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLIENTS = {  # name -> (package that it needs, class)
     "wandb": ("wandb", "fusedrl.engine.runs.trackers:WandB"),
@@ -40,8 +40,13 @@ _MOST_WAITING = 1000  # rows; a logger that falls this far behind loses the newe
 _SECONDS_TO_CLOSE = 30.0  # a logger that takes longer to finish is left behind
 _REGISTERED: dict[str, Any] = {}
 _IMPORTED: dict[str, Any] = {}  # by check_loggers, until a run makes it
+_WITHOUT = "the run goes on without it; metrics.jsonl has every row"
 _NO_LOG = "expected a method log(step, values), and {} has none"
 L = TypeVar("L")
+
+
+class _Unmade(ConfigError):
+    """A logger of a user that could not be made."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,12 @@ def register_logger(name: str) -> Callable[[L], L]:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Import the loggers that are files, so that what is wrong with one is told before a model is
-    loaded. `make_logger` takes what was imported.
+    """Import the loggers that are files, and look for wandb's login, so that what is wrong with one
+    is told before a model is loaded. `make_logger` takes what was imported.
 
     Raises:
         ConfigError: a name is no logger, or a class or function takes other arguments.
-        SetupError: the package of a logger is not installed.
+        SetupError: the package of a logger is not installed, or its login is missing.
         RewardError: no such file, nothing of that name in it, or importing it failed.
     """
     _IMPORTED.clear()
@@ -108,6 +113,8 @@ def check_loggers(names: Sequence[str]) -> None:
         if name not in _REGISTERED and not isinstance(found, str):
             _IMPORTED[name] = found
         _check(name, found)
+        if found == "wandb":
+            import_module("fusedrl.engine.runs.trackers").logged_in()
 
 
 def _check(name: str, found: Any) -> None:
@@ -161,13 +168,15 @@ class _Function:
 
 def make_logger(name: str, info: RunInfo) -> Logger:
     """Make the logger that `run.log` names. Errors are those of `check_loggers`, and a ConfigError
-    where a user's class raises. A client raises its own errors, and SetupError without a login."""
+    where a user's class raises. A client raises its own errors, and SetupError without a login.
+    `Reporter` goes on without a logger that raises here."""
     found = _find(name)
     if isinstance(found, str):
         module, _, inside = CLIENTS[found][1].partition(":")
         return cast(Logger, getattr(import_module(module), inside)(info))
     if inspect.isclass(found):
-        found = blame(f"run.log {name}", lambda: found(info), ConfigError, found)
+        made: Any = found
+        found = blame(f"run.log {name}", lambda: made(info), _Unmade, made)
     elif not hasattr(found, "log"):
         found = _Function(found)
     if not callable(getattr(found, "log", None)):
@@ -188,16 +197,20 @@ class Reporter:
     """
 
     def __init__(self, names: Sequence[str], info: RunInfo, tell: Callable[[str], None]) -> None:
+        from fusedrl.engine.base.draws import generators_kept  # which needs torch
+
         self._tell, self._lost = tell, Counter[str]()
         self._loggers: dict[str, Logger] = {}
         for name in names:
             try:
                 with generators_kept():  # what a client draws does not change the run
                     self._loggers[name] = make_logger(name, info)
+            except _Unmade as error:
+                tell(f"{error}; {_WITHOUT}")
             except (UserError, SetupError):
                 raise
             except Exception as error:
-                tell(f"run.log {name}: {told(error)}; the run goes on without it")
+                tell(f"run.log {name}: {told(error)}; {_WITHOUT}")
         self._jobs: queue.Queue[tuple[Any, ...] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name="fusedrl loggers", daemon=True)
         if self._loggers:
@@ -217,6 +230,8 @@ class Reporter:
 
     def histograms(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
         """Hand distributions to the loggers that take them, without numbers that are not finite."""
+        import numpy as np  # here, since names are checked before anything is loaded
+
         finite = {name: x[np.isfinite(x)] for name, x in columns.items()}
         self._put("histograms", step, {name: x for name, x in finite.items() if len(x)})
 

@@ -16,11 +16,25 @@ from typing import Any
 import numpy as np
 
 from fusedrl.engine.base.errors import SetupError
-from fusedrl.engine.runs.checkpoint import write_file
+from fusedrl.engine.runs.files import write_file
 from fusedrl.engine.runs.loggers import RunInfo
 
 PROJECT = "fusedrl"  # where the client's settings name none
 _BINS = 64
+
+
+def logged_in() -> Any:
+    """Return the client of Weights & Biases. Raise SetupError if nobody is logged in and its mode
+    is online."""
+    import wandb
+
+    online = wandb.setup().settings.mode not in ("offline", "dryrun", "disabled")
+    if online and not wandb.login(prompt=False, verify=False):
+        raise SetupError(
+            "run.log wandb: nobody is logged in here; run `wandb login` first, or set "
+            "WANDB_MODE=offline and `wandb sync` the run later, or leave it out"
+        )
+    return wandb
 
 
 class WandB:
@@ -28,16 +42,9 @@ class WandB:
     is logged in and its mode is online."""
 
     def __init__(self, info: RunInfo) -> None:
-        import wandb
-
+        wandb = logged_in()
         self._wandb: Any = wandb
         client = wandb.setup().settings
-        online = client.mode not in ("offline", "dryrun", "disabled")
-        if online and not wandb.login(prompt=False, verify=False):
-            raise SetupError(
-                "run.log wandb: nobody is logged in here; run `wandb login` first, or set "
-                "WANDB_MODE=offline and `wandb sync` the run later, or leave it out"
-            )
         self._run: Any = wandb.init(
             project=client.project or PROJECT,
             name=client.run_name or info.directory.name,

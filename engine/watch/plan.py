@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,35 +72,8 @@ from fusedrl.engine.rollout.prompts import room_for_prompts
 from fusedrl.kernels.linear_head import keeps_logits, workspace
 from fusedrl.kernels.runtime import native
 
-_UNITS = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 1 << 10,
-    "mib": 1 << 20,
-    "gib": 1 << 30,
-    "tib": 1 << 40,
-}
 _SHARE = 0.9  # of the GPU memory that training leaves; the rest is for losses of allocators
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
-
-
-def parse_memory(text: str) -> int:
-    """Convert an amount such as "8GiB", "512 MiB", "16GB" or a plain number to bytes.
-
-    Raises:
-        ConfigError: `text` is not such an amount, or is not above 0.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(match[2].lower() or "b") if match else None
-    if match is None or unit is None or not (amount := int(float(match[1]) * unit)):
-        raise ConfigError(
-            "plan: expected an amount of memory above 0 such as 8GiB, 512MiB, 16GB or a number of "
-            f"bytes, got {text!r}"
-        )
-    return amount
 
 
 def machine_memory(device: torch.device) -> int:
@@ -812,7 +786,11 @@ def _cache_row(found: Plan) -> str:
         return "KV cache"
     sequences, tokens = found.demand
     asked = f"{sequences:,} sequences of {tokens:,} tokens"
-    return f"KV cache: {asked}" if found.demand_met else f"KV cache: what is left; {asked} wait"
+    if found.demand_met:
+        return f"KV cache: {asked}"
+    # a cache has at least the blocks of one sequence, whatever is left
+    least = found.parts.peak > found.memory
+    return f"KV cache: {'the least' if least else 'what is left'}; {asked} wait"
 
 
 def _tensor_table(found: Plan) -> Any:
@@ -829,6 +807,31 @@ def _tensor_table(found: Plan) -> Any:
         counts = (parts.weights, parts.gradients, parts.optimizer, parts.fixed)
         table.add_row(str(t), *map(format_bytes, counts))
     return table
+
+
+def no_fit(found: Plan, options: Collection[str]) -> str:
+    """Return why a plan does not fit, and which of the stage's options would make it smaller."""
+    parts = found.parts
+    fixes = []
+    some = any(found.largest.values())
+    if most := found.largest[found.checkpoint_activations]:
+        fixes.append(f"--tokens_per_microbatch {most} or less")
+    if not found.checkpoint_activations and (most := found.largest[True]):
+        fewer = f" with --tokens_per_microbatch {most}" * (most < found.tokens_per_microbatch)
+        fixes.append(f"--checkpoint_activations true{fewer}")
+    if parts.kv_pool:
+        fixes.append("a lower --max_prompt_length and --generation.max_new_tokens")
+    if not some:
+        fixes.append("--optim.state int8")
+        fixes.append("--lora.rank 16, which trains adapters alone")
+    known = [one for one in fixes if re.findall(r"--([\w.]+)", one)[0] in options]
+    if found.devices == 1:
+        known.append("--devices N")
+    known.append("a smaller model")
+    return (
+        f"plan: expected a peak of at most {format_bytes(found.memory)}, got "
+        f"{format_bytes(parts.peak)}; what makes it smaller: {'; '.join(known)}"
+    )
 
 
 def print_plan(found: Plan) -> None:

@@ -397,6 +397,21 @@ def _checked(
     return chosen
 
 
+def check_objective(
+    op: str, objective: PolicyObjective, correction: RolloutCorrection | None = None
+) -> None:
+    """Raise TypeError unless these are an objective, and a correction or None."""
+    for name, given, kind in (
+        ("objective", objective, PolicyObjective),
+        ("rollout_correction", correction or RolloutCorrection(), RolloutCorrection),
+    ):
+        if not isinstance(given, kind):
+            how = f"{kind.__name__}({f'kind={given!r}' if isinstance(given, str) else '...'})"
+            raise TypeError(
+                f"{op}: expected {name} to be a {kind.__name__}, got {given!r:.80}; write {how}"
+            )
+
+
 def check_policy(op: str, policy: PolicyPart, N: int) -> None:
     """Raise unless the settings of the policy part fit together. The caller checks the tensors'
     sizes before, and their dtypes after."""
@@ -405,6 +420,7 @@ def check_policy(op: str, policy: PolicyPart, N: int) -> None:
         policy.rollout_correction,
         policy.cu_seqlens,
     )
+    check_objective(op, objective, correction)
     # otherwise a missing old_logp means that the policy is its own old policy
     known = policy.logp is not None or objective.by_sequence
     if policy.old_logp is None and objective.kind != "reinforce" and known:

@@ -5,10 +5,12 @@ One file: the definitions, which every kind is held against.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from fusedrl.kernels.linear_policy_loss import linear_policy_loss
 from fusedrl.kernels.objective import KINDS
 from fusedrl.kernels.policy_loss import (
     KL_ESTIMATORS,
@@ -647,3 +649,23 @@ def test_compiles_as_one_graph(impl, kind, device):
         loss, stats = function(*leaves)
         outcomes.append([loss.detach(), stats, *torch.autograd.grad(loss, leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_an_objective_by_its_name_alone_is_refused_in_words(device):
+    x = torch.zeros(2, device=device)
+    head = {
+        "hidden": torch.zeros(2, 4, device=device),
+        "weight": torch.zeros(5, 4, device=device),
+        "token_ids": torch.zeros(2, dtype=torch.int64, device=device),
+    }
+    tokens = {"old_logp": x, "advantages": x, "weights": x}
+    values = {"values": x, "old_values": None, "returns": x}
+    for call in (
+        partial(policy_loss, logp=x, **tokens),
+        partial(policy_value_loss, logp=x, **tokens, **values),
+        partial(linear_policy_loss, **head, **tokens),
+    ):
+        with pytest.raises(TypeError, match=r"PolicyObjective, got 'clip'; write .*kind='clip'"):
+            call(objective="clip")
+        with pytest.raises(TypeError, match="expected rollout_correction to be a RolloutCorr"):
+            call(rollout_correction="truncated", rollout_logp=x)

@@ -6,8 +6,9 @@ import re
 import tempfile
 from pathlib import Path
 
+from fusedrl.engine.base.memory import parse_memory
 from fusedrl.engine.cli.main import parse_config
-from fusedrl.engine.watch.plan import parse_memory, plan
+from fusedrl.engine.watch.plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -69,6 +69,9 @@ ROWS = {
     "clash": [{"prompt": "w1", "completions": "x"}],
     "ranks": [{"prompt": "w1", "completions": ["w1", "w2"], "ranks": [1]}],
     "empty": [],
+    "talks": [{"prompt": [{"role": "user", "content": "w1"}]}] * 8,
+    "hollow": [{"prompt": ""}],
+    "silent": [{"prompt": [{"role": "user", "content": " "}]}],
 }
 FILES = {
     "story.txt": "Once upon a time\nthere was\n",
@@ -121,6 +124,13 @@ FILES = {
     "def placed(prompts, a, b, /):\n    return ['a'] * len(a)\n",
     "loggers.py": "class Bare:\n    def __init__(self):\n        pass\n\n"
     "    def log(self, step, values):\n        pass\n\n\ndef mute(values):\n    pass\n",
+    "split.csv": "question;answer\nw1;w2\n",
+    "half.jsonl": json.dumps(ROW) + '\n{"prompt": "w1\n',
+    "singular.py": "def prompted(prompt, completion):\n    return [1.0]\n\n\n"
+    "def completed(prompts, completion):\n    return [1.0]\n\n\n"
+    "def ids(prompts, completion_id):\n    return [1.0]\n\n\n"
+    "def text(text):\n    return [1.0]\n\n\n"
+    "def short(completions, **_):\n    return [-len(c.split()) for c in completions]\n",
     "good.py": "number = 3\n\n\nclass Judge:\n    pass\n\n\n"
     "def f(completions, **_):\n    return [1.0] * len(completions)\n\n\n"
     "def better(a, b, **_):\n    return ['a'] * len(a)\n",
@@ -168,6 +178,14 @@ def _models(root: Path) -> None:
     tokenizer = load_tokenizer(root / "many_tokens")
     tokenizer.add_tokens([f"new{i}" for i in range(9)])
     tokenizer.save_pretrained(root / "many_tokens")
+    for name, template in {
+        "bad_template": "{{ ... }",
+        "templated": "{% for m in messages %}{{ m.content }} {% endfor %}",
+    }.items():
+        shutil.copytree(root / "model", root / name)
+        tokenizer = load_tokenizer(root / name)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(root / name)
     (root / "adapter").mkdir()
     (root / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "o/b"}')
 
@@ -192,6 +210,13 @@ def folder(tmp_path_factory):
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         sft = "train sft --model model --data sft.jsonl --run.dir done --sequences_per_step 4"
         assert main([*shlex.split(sft), "--run.progress", "false"]) == 0
+        for name, told in {
+            "failed": {"state": "failed", "message": "reward 'f' raised ValueError: no"},
+            "gone": {"state": "finished"},
+        }.items():
+            (root / name).mkdir()
+            shutil.copyfile(root / "done/config.json", root / name / "config.json")
+            (root / name / "status.json").write_text(json.dumps(told))
         yield root
 
 
@@ -245,7 +270,7 @@ def test_the_mended_command_runs_where_the_wrong_one_ended(answer, folder, wrong
 
 
 def test_the_catalogue_covers_what_goes_wrong():
-    assert len(CASES) >= 200
+    assert len(CASES) >= 310
     assert len({command for _, command, *_ in CASES}) == len(CASES)
     counts = {group: sum(one[0] == group for one in CASES) for group, *_ in CASES}
     assert len(counts) >= 12
@@ -271,3 +296,51 @@ def test_a_process_says_the_same(answer, folder, command):
         timeout=120,
     )
     assert (done.returncode, done.stderr, done.stdout) == (code, said, "")
+
+
+LIGHT = """
+import sys
+from fusedrl.engine.cli.main import main
+code = main(sys.argv[1:])
+print(code, sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"train grpo {PPO} --reward good.py:oks",
+        f"train grpo {PPO} --reward exactmatch",
+        f"train grpo {PPO} --reward wants.py:f",
+        f"train grpo {PPO} --reward good.py:f --device gpu",
+        f"train grpo {PPO} --reward good.py:f --run.log wanb",
+        f"train grpo {PPO} --reward good.py:f --run.columns nosuch",
+        f"train grpo {PPO} --reward good.py:f --run.dir done",
+        "train sft --model model --data sft.jsonl --run.dir done",
+        "train sft --model model --data sft.jsonl --run.dir sft.jsonl",
+        "train sft --model modle --data sft.jsonl",
+        "train reward --model model --data none.jsonl",
+        "train dpo --model no_config --data pairs.jsonl",
+        "train rejection --model sft.jsonl --data model --reward good.py:f",
+        "plan grpo --model model --memory lots",
+        "export done done",
+        "export failed out",
+        "generate --model modle --prompt w1",
+        "judge --a model --b modle --data prompts.jsonl --reward good.py:f",
+        "eval model --data none.jsonl --reward good.py:f",
+        "reward-check good.py:oks --data prompts.jsonl",
+        "chat modle",
+        "data sft.jsonl --model modle",
+        "bench latency --model modle",
+    ],
+)
+def test_what_names_and_files_tell_is_told_before_torch_is_loaded(folder, command):
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *shlex.split(command)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "2 []\n", done.stderr
+    assert done.stderr.count("fusedrl: error: ") == 1
+    assert "Warning" not in done.stderr

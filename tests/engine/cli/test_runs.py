@@ -290,3 +290,27 @@ def test_a_missing_option_is_answered_with_a_whole_command(argv, command, capsys
     assert f"such as: {command} (fusedrl init {argv[0]}" in said
     assert main(["plan", "sft"]) == 2
     assert "such as" not in capsys.readouterr().err
+
+
+def test_a_reward_given_anew_is_looked_for_where_the_command_is(place, capsys):
+    options = ["grpo", *GRPO, "--reward=slow.py:f", "--steps=1", "--run.dir=runs/one"]
+    assert main(["train", *options]) == 0
+    away = place / "away"
+    away.mkdir()
+    (away / "other.py").write_text(
+        "def g(completions, **_):\n    return [0.5] * len(completions)\n"
+    )
+    os.chdir(away)
+    assert main(["resume", "../runs/one", "--reward", "other.py:g", "--steps=2"]) == 2
+    said = capsys.readouterr().err
+    assert "does not exist" not in said
+    assert f"{away / 'other.py'}:g" in said  # another reward is a change, which is refused
+    accept = ["--run.accept_changes=true", "--reward=other.py:g", "--steps=2"]
+    assert main(["resume", "../runs/one", *accept]) == 0, capsys.readouterr().err
+    assert list(read_rows(place / "runs/one/metrics.jsonl"))[-1]["reward"] == 0.5
+    # the same file by a name that holds in both places
+    os.chdir(place)
+    again = ["--run.accept_changes=true", "--reward=slow.py:f", "--steps=3"]
+    assert main(["resume", "runs/one", *again]) == 0, capsys.readouterr().err
+    saved = json.loads((place / "runs/one/config.json").read_text())
+    assert saved["config"]["reward"] == ["slow.py:f"]

@@ -47,13 +47,21 @@ def test_prompts_carry_their_columns(tmp_path):
         tmp_path,
         {"prompt": "a", "answer": 3},
         {"prompt": [_user("b")], "level": "x"},
-        {"prompt": ""},
+        {"prompt": "c"},
     )
     assert load_prompts(path) == [
         PromptExample("a", {"answer": 3, "level": None}),
         PromptExample([_user("b")], {"answer": None, "level": "x"}),
-        PromptExample("", {"answer": None, "level": None}),
+        PromptExample("c", {"answer": None, "level": None}),
     ]
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [_user("")], [_user(" "), _user("")]])
+def test_an_empty_prompt_is_a_bad_row(tmp_path, empty):
+    path = _rows(tmp_path, {"prompt": "a"}, {"prompt": empty})
+    with pytest.raises(DataError, match=":2: the prompt is empty, so that nothing is asked"):
+        load_prompts(path)
+    assert [one.prompt for one in load_prompts(path, skip_bad_lines=True)] == ["a"]
 
 
 def test_prompts_of_preference_rows_are_the_common_prefix(tmp_path):

@@ -346,7 +346,6 @@ def test_dialogues_have_a_limit_and_need_a_template(chat):
         ("{{ '%d' % 'a' }}", "messages: TypeError: "),
         ("{{ strftime_now(3) }}", "messages: "),
         ("{% for m in messages %}{{ m.content.no.more }}{% endfor %}", "messages: "),
-        ("{% for %}", "messages: "),
     ],
 )
 def test_whatever_a_template_raises_is_the_templates(chat, template, said):
@@ -357,6 +356,13 @@ def test_whatever_a_template_raises_is_the_templates(chat, template, said):
     ):
         with pytest.raises(DataError, match=f"the model's chat template refuses these {said}"):
             call()
+
+
+@pytest.mark.parametrize("template", ["{{ ... }", "{% for %}", "a\n{% if x %}"])
+def test_a_template_that_cannot_be_read_is_not_blamed_on_the_messages(chat, template):
+    chat.chat_template = template
+    with pytest.raises(DataError, match=r"is no template that can be read: .* \(line \d of it\)"):
+        encode_prompt(chat, TURNS[:2])
 
 
 def test_an_attribute_that_a_template_asks_for_in_vain_is_too(chat, monkeypatch):

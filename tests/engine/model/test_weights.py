@@ -328,8 +328,7 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved, device
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(
         FileNotFoundError,
-        match=r"'owner/name' is no directory here, and fetching it .* failed \(ConnectionError: no "
-        r"route\)",
+        match=r"'owner/name' is no directory here, and the Hugging Face hub cannot be reached",
     ):
         load_decoder("owner/name", dtype="float32", device=device)
     assert asked[0][0] == "owner/name"
@@ -339,6 +338,14 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved, device
         with pytest.raises(FileNotFoundError):
             resolve_directory(path)
     assert len(asked) == 1
+
+    def local(name, *, local_files_only):
+        assert local_files_only
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", local)
+    with pytest.raises(FileNotFoundError, match=r"^nosuch does not exist"):
+        load_decoder("nosuch", dtype="float32", device=device)
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(saved)
     )

@@ -1,8 +1,10 @@
 """Ready rewards: right answers, form, length, and how their names and options are read."""
 
 import functools
+import gc
 import json
 import math
+import warnings
 
 import pytest
 
@@ -233,12 +235,32 @@ def test_length():
         ("code:seconds=soon", "expected seconds to be a number"),
         ("judge", "expected judge:model=..., which has no default"),
         ("exact_mach", "or one of exact_match, math_verify"),
+        ("exact_mach", "did you mean exact_match?"),
+        ("Regex:pattern=a", "did you mean regex:pattern=a?"),
     ],
 )
 def test_options_that_are_wrong(spec, message):
     with pytest.raises(RewardError) as caught:
         load_reward(spec)
     assert message in str(caught.value)
+
+
+def test_a_judge_is_checked_without_being_asked(monkeypatch, tmp_path):
+    pytest.importorskip("openai")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reward = load_reward("judge:model=x,base_url=http://localhost:1/v1")
+        reward.check(["gold"])
+        with pytest.raises(SetupError, match="set OPENAI_API_KEY, or name a server of your own"):
+            load_reward("judge:model=x")
+        with pytest.raises(RewardError, match="expected rubric to be a file"):
+            load_reward(f"judge:model=x,rubric={tmp_path / 'none'}")
+        with pytest.raises(RewardError, match="concurrency >= 1"):
+            load_reward("judge:model=x,concurrency=0")
+        gc.collect()
+    assert not [one for one in caught if "never awaited" in str(one.message)]
 
 
 def test_a_directory_of_that_name_is_not_meant(tmp_path, monkeypatch):

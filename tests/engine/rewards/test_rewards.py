@@ -15,6 +15,7 @@ from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
 from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.rewards.functions import load_ahead
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward, moved_rewards
 from fusedrl.kernels.gae import shaped_gae
 
@@ -536,3 +537,33 @@ def test_by_the_command_line_it_is_an_error_with_a_word(tiny_model, write_jsonl,
     finally:
         sys.path.remove(str(tmp_path))
     assert "'ending.f' cannot be imported: SystemExit: 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asynchronous", ["", "async "])
+def test_a_function_that_takes_messages_for_a_text_is_told_what_they_are(tmp_path, asynchronous):
+    (tmp_path / "r.py").write_text(
+        f"{asynchronous}def short(completions, **_):\n"
+        "    return [-len(c.split()) for c in completions]\n"
+    )
+    rewards = RewardSet([load_reward(f"{tmp_path / 'r.py'}:short")])
+    assert rewards.score(["p"], ["a b"], [[1]], [[2]]).total == [-2.0]
+    talk = [{"role": "user", "content": "p"}]
+    with pytest.raises(RewardError, match=r'no attribute \'split\'.*text is c\[-1\]\["content"\]'):
+        rewards.score([talk], ["a b"], [[1]], [[2]])
+
+
+def test_functions_that_were_loaded_ahead_are_handed_out_once(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text("def f(completions, **_):\n    return [1.0] * len(completions)\n")
+    load_ahead([f"{path}:f", "exact_match", str(tmp_path)])
+    path.write_text("def f(completions, **_):\n    return [2.0] * len(completions)\n")
+    values = [
+        RewardSet([load_reward(f"{path}:f")]).score(["p"], ["a"], [[1]], [[2]]).total
+        for _ in range(2)
+    ]
+    assert values == [[1.0], [2.0]]
+    load_ahead([f"{path}:f"])
+    load_ahead(())
+    path.write_text("")
+    with pytest.raises(RewardError, match="has no 'f'"):
+        load_reward(f"{path}:f")

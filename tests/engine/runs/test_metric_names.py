@@ -24,6 +24,7 @@ from fusedrl.engine.config import (
     SFTConfig,
 )
 from fusedrl.engine.config.algorithms import ALGORITHMS
+from fusedrl.engine.runs.names import METRICS
 from fusedrl.engine.stages.dpo import train_dpo
 from fusedrl.engine.stages.policy import train_policy
 from fusedrl.engine.stages.rejection import train_rejection
@@ -234,3 +235,10 @@ def test_every_metric_of_rejection_sampling_has_its_row(tiny_model, tmp_path, wr
         )
         for name in completions
     )
+
+
+def test_the_names_that_options_may_give_are_those_of_the_page():
+    tables = PAGE.partition("## Names of TRL")[0]
+    cells = re.findall(r"^\| (`[^|]*`) \|", tables, flags=re.MULTILINE)
+    names = {re.sub(r"<\w+>", "*", name) for cell in cells for name in re.findall("`(.+?)`", cell)}
+    assert set(METRICS) == names

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.memory import parse_memory
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.config import (
     CriticConfig,
@@ -35,7 +36,7 @@ from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.optim.adamw import make_optimizer
 from fusedrl.engine.parallel.lanes import owners_of
 from fusedrl.engine.policy.critic import SeparateCritic
-from fusedrl.engine.watch.plan import Planner, cache_for, parse_memory, plan
+from fusedrl.engine.watch.plan import Planner, cache_for, plan
 from fusedrl.kernels.runtime import native
 
 needs_kernels = pytest.mark.skipif(
