@@ -13,7 +13,7 @@ from fusedrl.engine.cli.common import (
     count,
     count_or_none,
     nearest,
-    output_file,
+    report_file,
     report_json,
 )
 from fusedrl.engine.cli.early import check_models
@@ -35,7 +35,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     )
     ops.add_argument("op", nargs="*", help="such as gae; all of them where none is named")
     ops.add_argument(
-        "--output-json", type=output_file, metavar="FILE", help="pytest-benchmark's report"
+        "--output-json", type=report_file, metavar="FILE", help="pytest-benchmark's report"
     )
 
 
@@ -75,7 +75,7 @@ def _kind(kinds: Kinds, name: str, text: str, **defaults: Any) -> argparse.Argum
     one.add_argument("--device", help="cpu or cuda (default: the best there is)")
     one.add_argument(
         "--output-json",
-        type=output_file,
+        type=report_file,
         metavar="FILE",
         help='the figures; "-" is standard output, without the table',
     )

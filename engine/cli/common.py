@@ -177,19 +177,11 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def output_file(text: str, begins: str = "{", what: str = "a JSON report") -> str:
+def output_file(text: str) -> str:
     """Check, as an argparse type, that `text` is "-" or a file name in an existing directory. So a
-    wrong name is reported before a long measurement starts. A file that is there is replaced only
-    if it is empty or `begins` with the same characters, as `what` does."""
+    wrong name is reported before a long measurement starts."""
     path = Path(text)
     if text == "-" or (text and path.parent.is_dir() and not path.is_dir()):
-        if text != "-" and path.is_file() and path.stat().st_size:
-            with open(path, "rb") as file:
-                if not file.read(4096).lstrip().startswith(begins.encode()):
-                    raise argparse.ArgumentTypeError(
-                        f"{text} is there and is not {what}: it would be lost; name another file, "
-                        "or delete it first"
-                    )
         return text
     why = (
         f"{text!r} is a directory"
@@ -199,6 +191,20 @@ def output_file(text: str, begins: str = "{", what: str = "a JSON report") -> st
         else "an empty name"
     )
     raise argparse.ArgumentTypeError(f"expected a file to write or -, got {text!r}: {why}")
+
+
+def report_file(text: str, begins: str = "{", what: str = "a JSON report") -> str:
+    """Check as `output_file` does. A file that is there is replaced only if it is empty or begins
+    as `what` does."""
+    path = Path(output_file(text))
+    if text != "-" and path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if not file.read(4096).lstrip().startswith(begins.encode()):
+                raise argparse.ArgumentTypeError(
+                    f"{text} is there and is not {what}: it would be lost; name another file, or "
+                    "delete it first"
+                )
+    return text
 
 
 def spelled(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

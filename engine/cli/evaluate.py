@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fusedrl.engine.base.errors import ConfigError, RewardError
-from fusedrl.engine.cli.common import Parser, check_device, count, output_file, report_json
+from fusedrl.engine.cli.common import Parser, check_device, count, report_file, report_json
 from fusedrl.engine.cli.devices import on_devices
 from fusedrl.engine.cli.early import check_data, check_models, check_rewards
 from fusedrl.engine.cli.models import (
@@ -89,7 +89,7 @@ def _eval_options(commands: argparse._SubParsersAction[Parser]) -> None:
 def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-json",
-        type=output_file,
+        type=report_file,
         metavar="FILE",
         help='the figures; "-" is standard output, without the tables',
     )

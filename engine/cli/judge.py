@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fusedrl.engine.cli.common import Parser, check_device, count, output_file, report_json
+from fusedrl.engine.cli.common import Parser, check_device, count, report_file, report_json
 from fusedrl.engine.cli.devices import on_devices
 from fusedrl.engine.cli.early import check_data, check_models, check_rewards
 from fusedrl.engine.cli.models import (
@@ -65,7 +65,7 @@ def judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
     device_options(judge, several=True)
     judge.add_argument(
         "--output-json",
-        type=output_file,
+        type=report_file,
         metavar="FILE",
         help='the figures; "-" is standard output, without the table',
     )

@@ -39,9 +39,9 @@ from fusedrl.engine.cli.common import (
     Parser,
     check_device,
     nearest,
-    output_file,
     plain_warnings,
     refuse_unknown,
+    report_file,
     report_json,
     spelled,
 )
@@ -233,7 +233,7 @@ def _parser() -> Parser:
     doctor.add_argument("--device", help="a device that is required, such as cuda (default: none)")
     doctor.add_argument(
         "--output-json",
-        type=output_file,
+        type=report_file,
         metavar="FILE",
         help='what was found; "-" is standard output, without the tables',
     )
@@ -502,7 +502,7 @@ def _plan(argv: list[str]) -> None:
         )
     parser = Parser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
-    parser.add_argument("--output-json", type=output_file)
+    parser.add_argument("--output-json", type=report_file)
     argv, devices, _ = devices_of(argv)
     own, rest = parser.parse_known_args(spelled(parser, argv[1:]))
     keys = dict(keys_of(STAGES[argv[0]][0]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.cli.common import Parser, count, output_file, report_json, wrote
+from fusedrl.engine.cli.common import Parser, count, report_file, report_json, wrote
 
 if TYPE_CHECKING:
     from fusedrl.engine.watch.run_files import RunRecord
@@ -46,7 +46,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     report.add_argument(
         "--json",
-        type=output_file,
+        type=report_file,
         metavar="FILE",
         help='the figures; "-" is standard output, without the tables',
     )
@@ -75,7 +75,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 def _page_file(text: str) -> str:
     if text == "-":
         raise argparse.ArgumentTypeError("expected a file to write the page to, got '-'")
-    return output_file(text, "<!doctype html>", "a page")
+    return report_file(text, "<!doctype html>", "a page")
 
 
 def _seconds(text: str) -> float:

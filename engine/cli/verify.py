@@ -11,7 +11,7 @@ from fusedrl.engine.cli.common import (
     check_device,
     count,
     count_or_none,
-    output_file,
+    report_file,
     report_json,
 )
 
@@ -57,7 +57,7 @@ def verify_options(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     one.add_argument(
         "--output-json",
-        type=output_file,
+        type=report_file,
         metavar="FILE",
         help='the rows; "-" is standard output, without the table',
     )

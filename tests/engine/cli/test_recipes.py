@@ -176,7 +176,7 @@ def test_init_turns_groups_on_where_they_are_no_comments(tmp_path, monkeypatch):
     text = (tmp_path / "ppo.yaml").read_text(encoding="utf-8")
     begin = text.index("# lora:")
     block = text[begin:].partition("\n\n")[0]
-    assert "rank of A and B" in block
+    assert "rank of an adapter" in block
     on = "\n".join(line.removeprefix("# ") for line in block.splitlines())
     (tmp_path / "ppo.yaml").write_text(text.replace(block, on), encoding="utf-8")
     config = parse_config("ppo", ["--config", "ppo.yaml"])
