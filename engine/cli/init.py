@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,9 +63,10 @@ def _init(options: argparse.Namespace, stages: Mapping[str, Stage]) -> None:
     elif name in stages:
         stage, text = name, written(name, *stages[name], path.name)
     else:
+        close = difflib.get_close_matches(name, found, 1)
+        hint = nearest(name, stages) or (f", did you mean {close[0]}?" if close else "")
         raise ConfigError(
-            f"init: unknown stage or recipe {name!r}"
-            f"{nearest(name, dict.fromkeys([*stages, *found]))}; expected a stage of fusedrl train "
+            f"init: unknown stage or recipe {name!r}{hint}; expected a stage of fusedrl train "
             f"--help, or one of {', '.join(found)}"
         )
     if path.exists():

@@ -45,7 +45,7 @@ def sent(directory, moment, number, *words, to=signal.SIG_DFL):
     (directory / "sitecustomize.py").write_text(SENDS)
     path = os.pathsep.join([str(directory), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-m", "fusedrl", *words],
+        [sys.executable, "-m", "fusedrl", *map(str, words)],
         env=os.environ | {"PYTHONPATH": path, "SENT": str(int(number)), "MOMENT": moment},
         preexec_fn=lambda: signal.signal(number, to),
         capture_output=True,
@@ -62,9 +62,11 @@ def sent(directory, moment, number, *words, to=signal.SIG_DFL):
         ("torch.nn.functional", signal.SIGINT),
     ],
 )
-def test_while_modules_are_imported(tmp_path, moment, number):
+def test_while_modules_are_imported(tmp_path, tiny_model, moment, number):
     """The command's own, and one of those that abort where an exception comes into an import."""
-    words = ["train", "sft", "--model", "m", "--data", "d", "--device", "cpu"]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "w1", "completion": "w2"}\n')
+    words = ["train", "sft", "--model", tiny_model, "--data", data, "--run.dir", tmp_path / "run"]
     code, said = sent(tmp_path, moment, number, *words)
     assert code == 128 + number, said
     assert said in ("", "fusedrl: interrupted\n")
