@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -196,14 +195,11 @@ def furnish(directory: Path) -> None:
 
 def command(arguments: list[str]) -> tuple[int, str]:
     """Run a command line; its exit code and what it said."""
-    entry = next(
-        one
-        for one in importlib.metadata.entry_points(group="console_scripts")
-        if one.name == "fusedrl"
-    )
+    from fusedrl.engine.cli.main import main as fusedrl
+
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = entry.load()(arguments)
+        code = fusedrl(arguments)
     return code, said.getvalue()
 
 

@@ -108,7 +108,7 @@ def test_ppo(directory, tmp_path, write_jsonl, strict, device):
         "def length(completions):\n    return [float(len(text)) for text in completions]\n"
     )
     data = write_jsonl(
-        "prompts.jsonl", [{"prompt": text} for text in ("", "a", "bc d", "once", "x" * 30)]
+        "prompts.jsonl", [{"prompt": text} for text in ("z", "a", "bc d", "once", "x" * 30)]
     )
     config = PolicyConfig(
         model=str(directory),
