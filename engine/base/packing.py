@@ -112,10 +112,10 @@ class PackedBatch:
     prompt's greedy completion, int64 [B] group_ids, equal for sequences of the same prompt, float32
     [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply). `rollout_logp`
     and `rollout_values` come from the sampler, for comparison. Training uses the numbers of the
-    training forward, whose bits the next forward reproduces. `kept` has one row per slot:
-    the ids that the slot's token was drawn from (those that top-k, top-p or min-p left; an empty
-    row: the whole vocabulary). The token is scored over these ids alone. `lengths` are the
-    sequences' lengths on the host.
+    training forward, whose bits the next forward reproduces. `kept` has one row per slot: the ids
+    that the slot's token was drawn from (those that top-k, top-p or min-p left; an empty row: the
+    whole vocabulary). The token is scored over these ids alone. `lengths` are the sequences'
+    lengths on the host.
     """
 
     token_ids: Tensor

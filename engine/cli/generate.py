@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.printable import printable
 from fusedrl.engine.cli.common import check_device, count, output_file
 from fusedrl.engine.cli.early import check_data, check_models, check_rewards
 from fusedrl.engine.cli.models import (
@@ -116,6 +117,8 @@ def run_generate(options: argparse.Namespace) -> None:
         text = actor.tokenizer.decode(
             [*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True
         )  # together: parts may lose a space
+        if sys.stdout.isatty():
+            text = printable(text)
         print(f"{label}{text}", flush=True)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,6 +84,20 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
     """Return the number of tokens of a text as a prompt. ReadOptions.count_tokens uses it to
     shorten posts to be summarised."""
     return len(encode_prompt(tokenizer, text))
+
+
+def without_template(tokenizer: PreTrainedTokenizerBase | None, prompts: Iterable[Any]) -> str:
+    """Say how many prompts are texts, to which the tokenizer's chat template is not applied; ""
+    if it has none, or all prompts are messages."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    return (
+        f"{sum(texts):,} of {len(texts):,} are texts, to which the model's chat template is not "
+        'applied; for it give messages: {"prompt": [{"role": "user", "content": "..."}]}'
+        if any(texts)
+        else ""
+    )
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model_ids: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
-from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
+from fusedrl.engine.data.tokenize import count_tokens, encode_prompts, without_template
 from fusedrl.engine.model.configuration import ModelConfig
 from fusedrl.engine.rollout.rollout import Prompt
 from fusedrl.engine.runs.run import Run
@@ -55,13 +55,8 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
             actor.tokenizer, examples, min(room, config.max_prompt_length or room)
         )
         run.message(f"prompts: {dropped}")
-        texts = sum(isinstance(example.prompt, str) for example, _ in encoded)
-        if texts and getattr(actor.tokenizer, "chat_template", None):
-            run.message(
-                f"prompts: {texts:,} of {len(encoded):,} are texts, to which the model's chat "
-                'template is not applied; for it give messages: {"prompt": [{"role": "user", '
-                '"content": "..."}]}'
-            )
+        if told := without_template(actor.tokenizer, (example.prompt for example, _ in encoded)):
+            run.message(f"prompts: {told}")
         return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 
     return mix(config.data, read)

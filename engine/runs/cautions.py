@@ -58,6 +58,8 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     ]
     if not isinstance(config, PolicyConfig):
         return found
+    if config.mask_truncated_completions:
+        found.append(_all_left_out(config.generation.max_new_tokens))
     found += [
         Bounds(
             "val/explained_variance",
@@ -95,6 +97,17 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
             ),
         ]
     return found
+
+
+def _all_left_out(max_new_tokens: int) -> Bounds:
+    return Bounds(
+        "completions/clipped_ratio",
+        1,
+        "all completions are cut off, and mask_truncated_completions leaves them out, so that "
+        f"nothing is trained; raise generation.max_new_tokens = {max_new_tokens}, or leave that "
+        "option out",
+        high=1 - 1e-9,
+    )
 
 
 class Cautions:

@@ -44,6 +44,7 @@ from fusedrl.engine.data.tokenize import (
     encode_prompts,
     end_of_text,
     no_tokenizer,
+    without_template,
 )
 from fusedrl.engine.preference.comparisons import Comparison, encode_preferences
 
@@ -117,6 +118,7 @@ class Preview:
         limit: largest length that is used.
         lengths: part of a record -> its lengths; "whole" is what the limit holds for.
         examples: the first records that are used.
+        told: what else there is to know of them.
     """
 
     source: str
@@ -136,6 +138,7 @@ class Preview:
     limit: int | None = None
     lengths: dict[str, Lengths] = field(default_factory=dict)
     examples: list[list[Line]] = field(default_factory=list)
+    told: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the preview as JSON values."""
@@ -233,6 +236,9 @@ def preview(source: Source, wanted: Wanted, model: Model | None = None) -> Previ
     _measure(shown, records, _limit(kind, wanted, model), wanted.show)
     if model is not None:
         shown.unit = "tokens"
+        prompts = [one.prompt for one in found.items if hasattr(one, "prompt")]
+        if told := without_template(model.tokenizer, prompts):
+            shown.told = f"prompts: {told}"
     return shown
 
 
@@ -488,6 +494,8 @@ def print_preview(shown: Preview, console: Console | None = None) -> None:
         )
     for message in shown.bad:
         say(f"    {message}", "red")
+    if shown.told:
+        say(shown.told, "yellow")
     tables.show(_table(shown), console)
     _print_histogram(shown, say)
     if shown.examples:

@@ -109,6 +109,17 @@ def test_dialogues_render_the_chat_template(capsys, chat_model, write_jsonl):
     (prompts,) = as_json(capsys, data, "--model", chat_model, *grpo)
     assert {role for role, _ in roles(prompts["examples"][0][0])} == {"prompt"}
     assert text(prompts["examples"][0][0]).split()[-1] == "<unk>"  # "assistant", where it goes on
+    assert prompts["told"] == ""
+
+
+def test_texts_for_a_chat_model_are_told_of(capsys, chat_model, tiny_model, write_jsonl):
+    rows = [{"prompt": "w1"}, {"prompt": [{"role": "user", "content": "w2"}]}]
+    data, grpo = write_jsonl("prompts.jsonl", rows), ("--stage", "grpo", "--max_new_tokens", "8")
+    (found,) = as_json(capsys, data, "--model", chat_model, *grpo)
+    assert found["told"].startswith("prompts: 1 of 2 are texts, to which the model's chat template")
+    texts = write_jsonl("texts.jsonl", rows[:1])
+    (found,) = as_json(capsys, texts, "--model", tiny_model, *grpo)
+    assert found["told"] == "", "a model without a template"
 
 
 @pytest.mark.real

@@ -102,6 +102,7 @@ def test_a_run_says_it_and_a_resumed_run_does_not_say_it_again(
                 prompts_per_step=2,
                 samples_per_prompt=2,
                 generation=GenerationConfig(max_new_tokens=1),
+                mask_truncated_completions=True,
                 run=RunConfig(str(tmp_path / "run"), resume=resume, progress=False),
             )
         )
@@ -112,4 +113,7 @@ def test_a_run_says_it_and_a_resumed_run_does_not_say_it_again(
     assert min(row["completions/clipped_ratio"] for row in rows[:5]) > cautions.MOST_CUT_OFF
     assert said.count("are cut off at generation.max_new_tokens = 1") == 1
     assert "step 5: for 5 steps now" in said
+    every = [row["step"] for row in rows if row["completions/clipped_ratio"] == 1]
+    assert said.count("nothing is trained") == 1
+    assert f"step {every[0]}: all completions are cut off" in said
     assert "are cut off" not in train(12, True)
