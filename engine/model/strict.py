@@ -12,8 +12,7 @@ pass:
                                                            activations, too
 
 Shapes    N tokens, H hidden, V vocabulary, R rows that have a label.
-Cost      one more forward in every training pass, in which each token reads the keys and values
-          before it by itself.
+Cost      one more forward in every training pass, with attention over a paged cache.
 """
 
 from __future__ import annotations

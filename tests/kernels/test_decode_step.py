@@ -155,7 +155,7 @@ class Drawn:
 
 
 def make(device, kind, dtype=torch.float32, V=37, seed=0):
-    k = DEFAULTS | KINDS[kind]
+    k = DEFAULTS | (KINDS[kind] if isinstance(kind, str) else kind)
     drawn, heads, D, H = Drawn(device, k, dtype, seed), k["heads"], k["D"], k["H"]
     layers = [
         drawn.layer(window, turned)
@@ -701,6 +701,49 @@ def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype,
         "cpp",
     )[len(others) // 2 :][:3]
     assert torch.equal(whole, torch.stack(alone))
+
+
+# A prompt's tokens are attended to in tiles where blocks and heads are whole vectors; each has the
+# bits that it has alone. Positions beyond a stretch of 128, a tile that begins inside of one,
+# windows shorter and longer than a stretch, blocks of one vector, of several and of a part of one.
+@pytest.mark.cpu_only("the C++ kernels")
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "D", "size", "windows", "cap", "length"),
+    [
+        (6, 2, 32, 16, (0, 0), None, 330),
+        (7, 1, 16, 32, (40, 0), 2.0, 330),
+        (4, 4, 64, 16, (200, 3), None, 450),
+        (8, 2, 48, 64, (0, 129), None, 290),
+        (2, 1, 32, 256, (0, 300), None, 600),
+        (3, 1, 24, 16, (0, 50), None, 200),
+        (3, 1, 32, 12, (0, 50), 3.0, 200),
+        (3, 1, 32, 16, (0, 700), None, 1100),
+    ],
+)
+@pytest.mark.parametrize("cached", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompt_in_tiles_has_the_bits_of_its_tokens_alone(
+    heads, kv_heads, D, size, windows, cap, length, cached, device
+):
+    shape = {"heads": heads, "kv_heads": kv_heads, "D": D, "H": 32, "F": 43, "windows": windows}
+    weights = make(device, {**shape, "options": Options(attention_softcap=cap)}, cached)
+    lengths = [length, 37]
+    rows = triples(sequences(device, lengths))
+    alone, whole, cut = (Cache(weights, lengths, size) for _ in range(3))
+    want = torch.cat([step(device, weights, alone, [token], "cpp") for token in rows[0]])
+    assert torch.equal(step(device, weights, whole, rows[0], "cpp"), want)
+    got, begin = [], 0
+    for count in (1, 2, 15, 17, 100, 3, length):  # beside tokens of another row
+        some = rows[0][begin : begin + count]
+        others = rows[1][: len(some) % 5]
+        found = step(device, weights, cut, [*others, *some, *others], "cpp")
+        got.append(found[len(others) :][: len(some)])
+        begin += count
+    assert torch.equal(torch.cat(got), want)
+    assert want.isfinite().all()
+    if cached == torch.float32:
+        errors = (want.double() - dense(device, weights, [t for _, _, t in rows[0]])).abs()
+        assert errors.max() < 5e-5
 
 
 @pytest.mark.cpu_only("the C++ kernels")

@@ -134,37 +134,91 @@ inline void block_scores(const T* k, const float* q, const Cache& cache, const S
   }
 }
 
-// out[g] += sum over `count` positions of weights[g][s] v[s]; v [count][D], D a multiple of V's values, but for what is left behind the last of them.
-template <int G, typename V, typename T>
-inline void block_values(const T* v, const float* weights, int64_t ld, int64_t count, int64_t D, float* out) {
+// Products with V are summed over the blocks of a stretch before they are added to the result, slots 4 i + u apart: short sums err less, and four of them hide
+// the latency of an FMA. A stretch begins at a multiple of its own length, so a sum's order does not depend on where else it is cut.
+constexpr int64_t STRETCH = 128;  // positions, or one block where that is longer
+constexpr int APART = 4;
+inline int64_t stretch_blocks(int64_t S) { return std::max<int64_t>(1, STRETCH / S); }
+
+// One key/value head of the blocks of a row.
+template <typename T>
+struct Pages {
+  const T* base;
+  const int32_t* blocks;
+  int64_t heads, head, size;  // size: values of a head in a block
+  const T* operator[](int64_t b) const { return base + (blocks[b] * heads + head) * size; }
+};
+
+// out[r] += sum over the positions first to last, of one stretch, of weights[r][position] v[position], for R rows; weights begin with slot 0 of block
+// first / S. D is a multiple of V's values, but for what is left behind the last of them.
+template <int R, typename V, typename Values>
+inline void stretch_values(const Values& v, int64_t S, int64_t pitch, int64_t D, int64_t first, int64_t last, const float* weights, int64_t ld, float* out) {
   constexpr int64_t WIDTH = sizeof(V) / sizeof(float);
-  constexpr int U = 8 / G;  // eight sums in flight
-  for (int64_t d = 0; d + WIDTH <= D; d += WIDTH) {
-    V sum[G][U] = {};
-    int64_t s = 0;
-    for (; s + U <= count; s += U) {
+  constexpr int MANY = std::max(1, (VL < 16 ? 12 : 24) / (APART * R));  // vectors of one position, whose sums stay in registers
+  const auto columns = [&](auto several, int64_t d) {
+    constexpr int C = decltype(several)::value;
+    V sum[R][C][APART] = {};
+    for (int64_t b = first / S; b <= last / S; ++b) {
+      const auto* values = v[b] + d;
+      const float* weight = weights + (b - first / S) * pitch;
+      const int64_t begin = b == first / S ? first % S : 0, end = b == last / S ? last % S + 1 : S;
+      const auto add = [&](int64_t s, auto whole) {
+#pragma GCC unroll 4
+        for (int u = 0; u < APART; ++u)
+          if (decltype(whole)::value || (s + u >= begin && s + u < end))  // what is not seen is stepped over, never multiplied by 0: it may be NaN
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        const V value = load<V>(v + (s + u) * D + d);
+            for (int c = 0; c < C; ++c) {
+              const V value = load<V>(values + (s + u) * D + c * WIDTH);
 #pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) sum[g][u] += weights[g * ld + s + u] * value;
+              for (int r = 0; r < R; ++r) sum[r][c][u] += weight[r * ld + s + u] * value;
+            }
+      };
+      int64_t s = begin / APART * APART;
+      if (s < begin) add(s, std::false_type()), s += APART;
+      for (; s + APART <= end; s += APART) add(s, std::true_type());
+      if (s < end) add(s, std::false_type());
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        float* to = out + r * D + d + c * WIDTH;
+        store(V(load<V>(to) + ((sum[r][c][0] + sum[r][c][1]) + (sum[r][c][2] + sum[r][c][3]))), to);
       }
+  };
+  int64_t d = 0;
+  for (; d + MANY * WIDTH <= D; d += MANY * WIDTH) columns(std::integral_constant<int, MANY>(), d);
+  for (; d + WIDTH <= D; d += WIDTH) columns(std::integral_constant<int, 1>(), d);
+  for (; d < D; ++d)
+    for (int r = 0; r < R; ++r) {
+      float sum = 0.0f;
+      for (int64_t i = first; i <= last; ++i) sum += weights[r * ld + (i / S - first / S) * pitch + i % S] * to_float(v[i / S][i % S * D + d]);
+      out[r * D + d] += sum;
     }
-    for (; s < count; ++s) {
-      const V value = load<V>(v + s * D + d);
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) sum[g][0] += weights[g * ld + s] * value;
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) sum[g][0] += sum[g][u];
-      store(V(load<V>(out + g * D + d) + sum[g][0]), out + g * D + d);
-    }
+}
+
+// body(R, r): `rows` rows from r = 0 on, R at a time.
+template <typename Body>
+inline void by_threes(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + 3 <= rows; r += 3) body(std::integral_constant<int, 3>(), r);
+  if (rows - r == 2) body(std::integral_constant<int, 2>(), r);
+  else if (rows - r == 1) body(std::integral_constant<int, 1>(), r);
+}
+
+// The same for any number of rows, and all stretches of the positions first to last; weights begin with slot 0 of block `start`.
+template <typename T>
+void span_values(const Pages<T>& v, const Cache& cache, int64_t first, int64_t last, int64_t rows, const float* weights, int64_t start, int64_t ld, float* out) {
+  const int64_t S = cache.S, D = cache.D, length = stretch_blocks(S) * S;
+  for (int64_t from = first; from <= last;) {
+    const int64_t to = std::min(last, (from / length + 1) * length - 1);
+    by_threes(rows, [&](auto some, int64_t r) {
+      constexpr int R = decltype(some)::value;
+      const auto call = D % VL ? &stretch_values<R, Eight, Pages<T>> : &stretch_values<R, Lanes, Pages<T>>;
+      call(v, S, cache.pitch(), D, from, to, weights + r * ld + (from / S - start) * cache.pitch(), ld, out + r * D);
+    });
+    from = to + 1;
   }
-  for (int64_t d = D / WIDTH * WIDTH; d < D; ++d)
-    for (int g = 0; g < G; ++g)
-      for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
 }
 
 // weight[2 j] in the lower half of the lanes, weight[2 j + 1] in the upper half.
@@ -274,11 +328,7 @@ void attend(const T* k, const T* v, const Cache& cache, int64_t head, const Span
     sums[g] = total(sum);
   }
   std::fill(out, out + G * D, 0.0f);
-  const auto values = D % VL ? &block_values<G, Eight, T> : &block_values<G, Lanes, T>;
-  for (int64_t b = start; b < end; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
-    const Seen seen(span, b, S);
-    values(v + offset(b) + seen.from * D, scores + (b - start) * pitch + seen.from, ld, seen.to - seen.from, D, out);
-  }
+  span_values(Pages<T>{v, span.blocks, cache.heads, head, S * D}, cache, span.first, span.last, G, scores, start, ld, out);
   for (int g = 0; g < G; ++g)
     for (int64_t d = 0; d < D; ++d) out[g * D + d] /= sums[g];
 }

@@ -1,7 +1,8 @@
 // decode_step on CPU: a whole decoder over the paged KV cache in one call.
 //
 // Layout   Activations are float32 in panels of up to 64 tokens, [feature][token] (panels.h).
-// Bytes    the weights once a 64 tokens, 2 L Hkv D s a cached position a row.
+// Bytes    the weights once a 64 tokens, 2 L Hkv D s a cached position a row; up to 16 tokens of one prompt read it once together (tiles.h).
+// Scratch  of attention: at most 1 MiB of scores a thread, or those of one token's heads, four at a time, where they are more.
 // Numerics float32 from the embedding to the last norm, rounded only into the cache (of the weights' dtype, or float32) and the result. Every sum has one order, which depends on the
 //          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads. Lanes are tokens,
 //          so no function of a vector may take another path for another lane's sake: cos and sin come from a table, one row a position.
@@ -18,7 +19,7 @@
 #include <optional>
 #include <vector>
 
-#include "paged.h"
+#include "tiles.h"
 #include "panels.h"
 
 namespace {
@@ -147,21 +148,55 @@ void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Options& option
   });
 }
 
+// Neighbours of one row and consecutive positions: what a chunk of a prompt is.
+struct Neighbours {
+  int64_t begin, end;
+};
+std::vector<Neighbours> runs_of(const Tokens& tokens, int64_t most) {
+  std::vector<Neighbours> runs;
+  for (int64_t n = 0; n < tokens.N; ++n) {
+    const bool goes_on = n > 0 && tokens.rows[n] == tokens.rows[n - 1] && tokens.positions[n] == tokens.positions[n - 1] + 1;
+    if (goes_on && n - runs.back().begin < most) runs.back().end = n + 1;
+    else runs.push_back({n, n + 1});
+  }
+  return runs;
+}
+
 template <typename T, typename C>
 void attention(const Layer<T>& layer, const Sizes& z, const Options& options, const Tokens& tokens, const Panels& panels, const float* qkv,
                const C* k_cache, const C* v_cache, int64_t longest, float* out) {
   const Cache cache{z.kv_heads, z.D, z.S};
-  const int64_t group = z.group(), ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
-  at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(4 * (ld + z.D)), result(group * z.D);
+  const int64_t group = z.group(), ld = cache.scores(longest), size = group * z.D;
+  const std::vector<Neighbours> runs = runs_of(tokens, tiles(cache) ? tile_tokens(group, ld) : 1);
+  const int64_t tasks = static_cast<int64_t>(runs.size()) * z.kv_heads;
+  const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (4 * size * ld * ((tokens.N + tasks) / std::max<int64_t>(1, runs.size()))));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(4 * (ld + z.D)), result(size);
+    TileSpace space;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / z.kv_heads, head = task % z.kv_heads, p = n / PANEL, c = n % PANEL, width = panels.width(p);
-      const float* from = qkv + p * PANEL * z.qkv() + head * group * z.D * width + c;
-      const int64_t last = tokens.positions[n], first = layer.window ? std::max<int64_t>(0, last - layer.window + 1) : 0;
-      const Span span{tokens.table + tokens.rows[n] * tokens.M, first, last, options.attention_softcap};
-      attend_group(k_cache, v_cache, cache, head, span, group, {from, width, options.attention_scale}, scores.data(), ld, result.data());
-      float* to = out + p * PANEL * z.heads * z.D + head * group * z.D * width + c;
-      for (int64_t i = 0; i < group * z.D; ++i) to[i * width] = result[i];
+      const Neighbours& run = runs[task / z.kv_heads];
+      const int64_t head = task % z.kv_heads, count = run.end - run.begin, position = tokens.positions[run.begin];
+      const auto lane = [&](int64_t n, int64_t rows, int64_t first) { return n / PANEL * PANEL * rows + first * panels.width(n / PANEL) + n % PANEL; };
+      const TileTokens tile{tokens.table + tokens.rows[run.begin] * tokens.M, position, count, layer.window, options.attention_softcap};
+      const float* attended = result.data();
+      if (count > 1) {
+        space.q.resize(count * size);
+        for (int64_t t = 0; t < count; ++t) {
+          const int64_t n = run.begin + t, width = panels.width(n / PANEL);
+          const float* from = qkv + lane(n, z.qkv(), head * size);
+          for (int64_t i = 0; i < size; ++i) space.q[t * size + i] = from[i * width] * options.attention_scale;
+        }
+        attend_tile(k_cache, v_cache, cache, head, tile, group, space);
+        attended = space.out.data();
+      } else {
+        const Query query{qkv + lane(run.begin, z.qkv(), head * size), panels.width(run.begin / PANEL), options.attention_scale};
+        attend_group(k_cache, v_cache, cache, head, Span{tile.blocks, tile.first(0), position, tile.cap}, group, query, scores.data(), ld, result.data());
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t n = run.begin + t, width = panels.width(n / PANEL);
+        float* to = out + lane(n, z.heads * z.D, head * size);
+        for (int64_t i = 0; i < size; ++i) to[i * width] = attended[t * size + i];
+      }
     }
   });
 }
