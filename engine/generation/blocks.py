@@ -30,6 +30,7 @@ class _Table:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # leading blocks whose content has a serial number
     serial: int = 0  # serial number of the last of these blocks
+    released: int = 0  # leading blocks that were given up, with the null block in their places
 
 
 class BlockManager:
@@ -140,6 +141,16 @@ class BlockManager:
         self._give_up(table.blocks[keep:])
         del table.blocks[keep:]
 
+    def release(self, sequence: int, num_tokens: int) -> None:
+        """Give up the blocks of `sequence` that hold nothing but its first `num_tokens` tokens,
+        which it will not read again; the null block takes their places in its table. Those that
+        `commit` has cached stay findable until they are evicted."""
+        table, stop = self._table(sequence), num_tokens // self.block_size
+        if stop > table.released:
+            self._give_up(table.blocks[table.released : stop])
+            table.blocks[table.released : stop] = [0] * (stop - table.released)
+            table.released = stop
+
     def fork(self, parent: int, child: int, num_tokens: int) -> list[tuple[int, int]] | None:
         """Give `child` the first `num_tokens` tokens of `parent`. Full blocks are shared; a partial
         last block is new.
@@ -156,15 +167,24 @@ class BlockManager:
                 f"BlockManager: cannot fork {num_tokens} tokens of sequence {parent}, whose "
                 f"{len(table.blocks)} blocks hold fewer"
             )
+        if full < table.released:
+            raise ValueError(
+                f"BlockManager: cannot fork {num_tokens} tokens of sequence {parent}, whose first "
+                f"{table.released} blocks were released"
+            )
         partial = num_tokens > full * self.block_size
         if partial and not self._free:
             return None
         shared = table.blocks[:full]
-        for block in shared:
+        for block in shared[table.released :]:
             self._references[block] += 1
         known = (table.cached, table.serial) if table.cached <= full else (0, table.root)
         self._tables[child] = _Table(
-            table.version, table.root, [*shared, self._take()] if partial else shared, *known
+            table.version,
+            table.root,
+            [*shared, self._take()] if partial else shared,
+            *known,
+            table.released,
         )
         return [(table.blocks[full], self._tables[child].blocks[full])] if partial else []
 
@@ -178,8 +198,9 @@ class BlockManager:
             key = (self.version, table.serial, tuple(tokens[index * size : (index + 1) * size]))
             block = table.blocks[index]
             if key not in self._cache:
-                if self._keys[block] is not None:
-                    # shared, and already cached after an equal prefix with another serial number
+                if not block or self._keys[block] is not None:
+                    # released; or shared, and already cached after an equal prefix with another
+                    # serial number
                     return
                 self._last_serial += 1
                 self._keys[block] = key
@@ -189,9 +210,9 @@ class BlockManager:
     def free(self, sequence: int) -> None:
         """Give up the table of `sequence`. Cached blocks stay findable until they are evicted; the
         ends of prefixes are evicted first."""
-        blocks = self._table(sequence).blocks
+        table = self._table(sequence)
         del self._tables[sequence]
-        self._give_up(blocks)
+        self._give_up(table.blocks[table.released :])
 
     def bump(self) -> None:
         """Note that the weights changed, so that no block cached so far is found again. Among

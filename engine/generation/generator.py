@@ -170,12 +170,14 @@ class Generator:
         self.cache = KVCache(
             config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype
         )
+        windows = [layer.window for layer in decoder.weights().layers]
         self.scheduler = Scheduler(
             BlockManager(self.cache.num_blocks, config.block_size),
             config.max_sequences,
             config.max_tokens_per_step,
             values=value_head is not None,
             apart=graphs is not None or self.cache.k.device.type == "cuda",
+            window=max(windows) if all(windows) else 0,
         )
         self._table = SamplingTable(config.max_sequences)
         self._texts = Texts(tokenizer)

@@ -210,7 +210,7 @@ class Plan:
 class Scheduler:
     """Owns the queue, the slots and the block manager. Call `submit`, then `schedule` and
     `complete` in turn; `finish` sequences between steps. `apart`: a plan either prefills or
-    decodes."""
+    decodes. `window`: no layer sees more than so many tokens, 0 if some layer sees all."""
 
     def __init__(
         self,
@@ -219,8 +219,9 @@ class Scheduler:
         max_tokens_per_step: int,
         values: bool = False,
         apart: bool = False,
+        window: int = 0,
     ) -> None:
-        self.blocks, self._apart = blocks, apart
+        self.blocks, self._apart, self._window = blocks, apart, window
         self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
         self.adapted = True  # whether the running sequences are computed with the adapter
@@ -381,6 +382,8 @@ class Scheduler:
         due = reach > slots.held[decode]
         for slot, tokens in zip(decode[due].tolist(), reach[due].tolist(), strict=True):
             sequence = self._by_slot[slot]
+            if sequence is not None:
+                self._let_go(sequence)
             while sequence is not None and not self.blocks.grow(sequence.id, tokens):
                 if self._give_back():
                     continue
@@ -392,6 +395,15 @@ class Scheduler:
             if sequence is not None:
                 slots.set_table(slot, self.blocks.table(sequence.id))
         return preempted
+
+    def _let_go(self, sequence: Running) -> None:
+        """Free the blocks of tokens that no layer sees any more. The next token to be computed is
+        the last one drawn."""
+        unseen = int(self.slots.length[sequence.slot]) - self._window
+        if self._window and unseen >= self.blocks.block_size:
+            tokens = self.slots.tokens[sequence.slot, :unseen]
+            self.blocks.commit(sequence.id, tokens.tolist())
+            self.blocks.release(sequence.id, unseen)
 
     def _look_ahead(self, window: int) -> int:
         """Give the decoding sequences the blocks that they write in up to `window` steps, as far as

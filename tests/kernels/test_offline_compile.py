@@ -26,6 +26,7 @@ def run(arguments, **environment):
         text=True,
     )
 
+
 # The tile sizes are chosen for the compiler of constraints.txt. An older one keeps some values of
 # some of these kernels in memory, which costs a little time and changes nothing: bytes of a thread,
 # or registers on gfx942.

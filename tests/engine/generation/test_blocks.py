@@ -395,6 +395,39 @@ def test_after_a_bump_warm_blocks_are_issued_first(bumps):
     assert not manager._cache, "what can never be found again is not kept"
 
 
+def test_released_blocks_are_free_and_still_found():
+    manager, tokens = BlockManager(7, 2), list(range(10))
+    manager.allocate(1, tokens)
+    held = list(manager.table(1))
+    manager.commit(1, tokens)
+    manager.release(1, 5)
+    assert (manager.available, manager.table(1)) == (3, [0, 0, *held[2:]])
+    manager.release(1, 3)  # less than before: nothing to do
+    manager.release(1, 7)
+    assert (manager.available, manager.table(1)) == (4, [0, 0, 0, *held[3:]])
+    with pytest.raises(ValueError, match="first 3 blocks were released"):
+        manager.fork(1, 2, 5)
+    manager.fork(1, 2, 8)
+    manager.free(1)
+    assert manager.available == 5
+    manager.free(2)
+    assert manager.available == 6
+    assert manager.allocate(3, tokens) == 8, "found as long as nothing else took them"
+    assert manager.table(3)[:4] == held[:4]
+
+
+def test_a_prefix_whose_blocks_were_released_and_taken_is_not_found():
+    manager, tokens = BlockManager(5, 2), list(range(8))
+    manager.allocate(1, tokens)
+    manager.release(1, 4)  # never committed: nothing of it can be found
+    manager.commit(1, tokens)
+    assert manager.allocate(2, [9, 9, 9]) == 0
+    manager.free(1)
+    manager.free(2)
+    assert manager.allocate(3, tokens) == 0
+    assert len(set(manager.table(3))) == 4
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="num_blocks >= 2"):
         BlockManager(1, 16)

@@ -639,3 +639,19 @@ def test_text_goes_on_from_the_prompt(shared):
                 completion.prompt_ids + completion.token_ids, skip_special_tokens=True
             ).strip()
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_behind_every_window_are_free_for_others(dtype, count_preemptions, device):
+    """Completions far longer than the window, in a cache that holds the windows alone."""
+    windowed = CONFIG | {"model_type": "mistral", "sliding_window": 6}
+    decoder = Decoder.random(model_config(windowed), 0, dtype=dtype, device=device)
+    prompts = ragged_prompts(4, 5)
+    params = SamplingParams(max_new_tokens=80, min_new_tokens=80, n=1, seed=5)
+    roomy = generate(Generator(decoder, config=CacheConfig(block_size=4)), prompts, params)
+    if dtype == torch.float32:
+        check_logprobs(device, decoder, roomy)
+    assert not count_preemptions
+    tight = CacheConfig(block_size=4, num_blocks=24, max_sequences=4, max_tokens_per_step=8)
+    assert generate(Generator(decoder, config=tight), prompts, params) == roomy
+    assert not count_preemptions, "the pool holds no more than one whole sequence and three windows"
