@@ -18,6 +18,8 @@ Source    Vaswani et al. (2017), eq. 1; Kwon et al. (2023), PagedAttention; spli
           et al. (2023), Flash-Decoding, but with a split every 256 positions, whatever the batch.
           If the number of splits depended on the load, the arithmetic would, too.
 
+Scratch   the splits of up to _SCRATCH bytes at a time: a call of more rows takes several launches.
+
 Triton runs one program per (row, key/value head, split). The lengths are on the device, so the grid
 covers the table's width, and a program beyond its row's length ends after one load. The table
 should therefore be no wider than the longest row needs. `tl.dot` needs 16 rows, so a group of fewer
@@ -39,9 +41,10 @@ from fusedrl.kernels.runtime.triton import tl, triton
 _IMPLS = Implementations(
     "paged_attention", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
 )
-_LARGEST_HEAD = 256  # D that Triton holds in registers and shared memory
+LARGEST_HEAD = 256  # D that Triton holds in registers and shared memory
 _SPLIT = 256  # positions per program; changing it changes the order of sums
 _HEADS = 16  # query heads per program
+_SCRATCH = 1 << 28  # bytes that the splits of the rows of one launch may take
 # positions at a time (64 spill on gfx942), or 16 if so many positions of K exceed 8 KB
 _TILE = 32
 
@@ -314,6 +317,16 @@ def _stages(D: int, bytes_: int) -> int:
     return 5 if D * bytes_ <= 512 else 3
 
 
+def rows_at_once(heads: int, splits: int, D: int) -> int:
+    """Return how many rows share a launch: as many as keep the splits' maxima, sums and weighted
+    values within _SCRATCH bytes, at least one; a multiple of 16 where it can be, so that the
+    pointers of every launch are aligned."""
+    if splits == 1:
+        return 2**31 - 1
+    rows = _SCRATCH // (4 * heads * splits * (D + 2))
+    return rows // 16 * 16 if rows >= 16 else max(1, rows)
+
+
 @torch.library.custom_op("fusedrl::paged_attention_triton", mutates_args=())
 def _paged_attention_triton(
     q: Tensor,
@@ -337,47 +350,39 @@ def _paged_attention_triton(
     if window:  # so many positions, wherever they begin, lie in no more splits than this
         splits = min(splits, triton.cdiv(window - 1, _SPLIT) + 1)
     splits, reach = max(1, splits), window or 2**31 - 1
-    parts = B * heads * splits if splits > 1 else 0
-    tops, sums, accs = (
-        q.new_empty(size, dtype=torch.float32) for size in (parts, parts, parts * D)
-    )
-    lens = context_lens.contiguous()
+    most = min(B, rows_at_once(heads, splits, D))
+    parts = most * heads * splits if splits > 1 else 0
+    scratch = [q.new_empty(size, dtype=torch.float32) for size in (parts, parts, parts * D)]
+    q, block_table, lens = (t.contiguous() for t in (q, block_table, context_lens))
     # exact; the interpreter would multiply the bits of bfloat16 as integers
     widen = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    _split_kernel[(B * kv_heads * triton.cdiv(group, _HEADS), splits)](
-        q.contiguous(),
-        k_cache,
-        v_cache,
-        block_table.contiguous(),
-        *(lens, out, tops, sums, accs),
-        *(M, reach, splits, scale, softcap or 1.0),
-        CAPPED=softcap > 0,
-        WIDEN=widen,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        D=D,
-        S=S,
-        SPLIT=_SPLIT,
-        HEADS=_HEADS,
-        **shape,
-        num_warps=4,
-        num_stages=_stages(D, q.element_size()),
-    )
-    if splits > 1:
-        _merge_kernel[(B * heads,)](
-            lens,
-            out,
-            tops,
-            sums,
-            accs,
-            reach,
-            splits,
-            Q_HEADS=heads,
+    for first in range(0, B, most):
+        own = slice(first, min(first + most, B))
+        rows = own.stop - first
+        _split_kernel[(rows * kv_heads * triton.cdiv(group, _HEADS), splits)](
+            *(q[own], k_cache, v_cache, block_table[own], lens[own], out[own], *scratch),
+            *(M, reach, splits, scale, softcap or 1.0),
+            CAPPED=softcap > 0,
+            WIDEN=widen,
+            KV_HEADS=kv_heads,
+            GROUP=group,
             D=D,
+            S=S,
             SPLIT=_SPLIT,
-            BLOCK_D=shape["BLOCK_D"],
+            HEADS=_HEADS,
+            **shape,
             num_warps=4,
+            num_stages=_stages(D, q.element_size()),
         )
+        if splits > 1:
+            _merge_kernel[(rows * heads,)](
+                *(lens[own], out[own], *scratch, reach, splits),
+                Q_HEADS=heads,
+                D=D,
+                SPLIT=_SPLIT,
+                BLOCK_D=shape["BLOCK_D"],
+                num_warps=4,
+            )
     return out
 
 
@@ -425,6 +430,59 @@ def _check_ranges(
         )
 
 
+def chosen_for(
+    op: str,
+    implementations: Implementations,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    window: int | None,
+    softcap: float | None,
+    impl: str | None,
+) -> str:
+    """Check that sizes, dtypes and limits of a call of `op` agree, but for the number of rows of
+    the table, and return its implementation."""
+    check(
+        op,
+        {
+            "q": (q, "N Hq D"),
+            "k_cache": (k_cache, "blocks Hkv D S"),
+            "v_cache": (v_cache, "blocks Hkv S D"),
+            "block_table": (block_table, "B M"),
+            "context_lens": (context_lens, "N"),
+        },
+    )
+    (_, Hq, D), (_, Hkv, _, S) = q.shape, k_cache.shape
+    refused = {}
+    if q.dtype == torch.float64:
+        refused = {"cpp": "it computes in float32", "triton": "it computes in float32"}
+    elif D > LARGEST_HEAD:
+        refused = {"triton": f"it serves head dims up to {LARGEST_HEAD}, and this one is {D}"}
+    chosen = implementations.choose(q.device, impl, refused)
+    check_dtype(op, "q", q, FLOATS)
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dtype(op, name, tensor, (q.dtype,))
+        if chosen != "torch" and not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it "
+                "in this shape"
+            )
+    check_dtype(op, "block_table", block_table, (torch.int32,))
+    check_dtype(op, "context_lens", context_lens, (torch.int32, torch.int64))
+    if not Hkv or Hq % Hkv or not D or not S:
+        raise ValueError(
+            f"{op}: expected query heads in a multiple of the key/value heads, a head dim and "
+            f"slots, got Hq {Hq}, Hkv {Hkv}, D {D}, S {S}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: expected window >= 1 or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
+    return chosen
+
+
 @torch.no_grad()
 def paged_attention(
     q: Tensor,
@@ -464,43 +522,13 @@ def paged_attention(
         TypeError: a dtype is not supported.
         RuntimeError: `impl` cannot run on this machine.
     """
-    op = "paged_attention"
-    check(
-        op,
-        {
-            "q": (q, "B Hq D"),
-            "k_cache": (k_cache, "blocks Hkv D S"),
-            "v_cache": (v_cache, "blocks Hkv S D"),
-            "block_table": (block_table, "B M"),
-            "context_lens": (context_lens, "B"),
-        },
+    chosen = chosen_for(
+        "paged_attention",
+        _IMPLS,
+        *(q, k_cache, v_cache, block_table, context_lens, window, softcap, impl),
     )
-    (_, Hq, D), (blocks, Hkv, _, S) = q.shape, k_cache.shape
-    refused = {}
-    if q.dtype == torch.float64:
-        refused = {"cpp": "it computes in float32", "triton": "it computes in float32"}
-    elif D > _LARGEST_HEAD:
-        refused = {"triton": f"it serves head dims up to {_LARGEST_HEAD}, and this one is {D}"}
-    chosen = _IMPLS.choose(q.device, impl, refused)
-    check_dtype(op, "q", q, FLOATS)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_dtype(op, name, tensor, (q.dtype,))
-        if chosen != "torch" and not tensor.is_contiguous():
-            raise ValueError(
-                f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it "
-                "in this shape"
-            )
-    check_dtype(op, "block_table", block_table, (torch.int32,))
-    check_dtype(op, "context_lens", context_lens, (torch.int32, torch.int64))
-    if not Hkv or Hq % Hkv or not D or not S:
-        raise ValueError(
-            f"{op}: expected query heads in a multiple of the key/value heads, a head dim and "
-            f"slots, got Hq {Hq}, Hkv {Hkv}, D {D}, S {S}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: expected window >= 1 or None, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
+    check("paged_attention", {"q": (q, "B Hq D"), "block_table": (block_table, "B M")})
+    D, (blocks, _, _, S) = q.shape[2], k_cache.shape
     scale = D**-0.5 if scale is None else scale
     if chosen == "cpp":
         return torch.ops.fusedrl.paged_attention(

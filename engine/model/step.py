@@ -17,8 +17,9 @@ triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_atten
           matrix products between them. The products are split_linear's for bfloat16 weights,
           torch's for other dtypes, or `fixed_linear`'s, whose rows do not depend on one another. If
           a family rotates q and k in part or not at all, or norms all heads together, rope (if any)
-          is a separate op and torch writes the cache. Every token of a prompt reads the cached
-          positions before it by itself; no row is gathered.
+          is a separate op and torch writes the cache. Tiles of a prompt's tokens read the cached
+          positions before them together (paged_prefill), or, if the numerics are fixed, every token
+          by itself; no row is gathered.
 torch     `layer` over plain torch, in any float dtype.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the
           weights' dtype; the RMSNorm rounds before it multiplies by its weight (with an offset,
@@ -44,7 +45,12 @@ from fusedrl.engine.model.layer import LayerWeights, Linear, Ops, Options, add_a
 from fusedrl.kernels import decode_step as native_step
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.kv_cache import rope_and_cache
-from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
+from fusedrl.kernels.paged_attention import (
+    LARGEST_HEAD,
+    paged_attention,
+    paged_attention_reference,
+)
+from fusedrl.kernels.paged_prefill import paged_prefill, prefill_tiles, queries_of_a_tile
 from fusedrl.kernels.rms_norm import rms_norm_reference
 from fusedrl.kernels.rope import RopeTable, rope_reference
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
@@ -171,8 +177,8 @@ class _Paged(Ops):
         )
         self.adapter, self.dtype, self.size = weights.adapter, dtype, size
         self.keys, self.values = k_cache.unbind(), v_cache.unbind()
-        self.blocks_NM, self.lens_N = block_table_BM[rows_N], positions_N + 1
-        self.block_N = self.blocks_NM.gather(1, positions_N[:, None] // size)[:, 0].long()
+        self.table_BM, self.rows_N, self.lens_N = block_table_BM, rows_N, positions_N + 1
+        self.block_N = block_table_BM[rows_N, positions_N // size].long()
         self.slot_N = positions_N % size  # in the block
 
     def rows(self, ids_N: Tensor, table: Tensor) -> Tensor:
@@ -220,7 +226,7 @@ class _Reference(_Paged):
         q, k, v = self.heads(weights, qkv)
         self.write(index, k, v)
         parts = zip(
-            *(x.split(_GATHERED_TOKENS) for x in (q, self.blocks_NM, self.lens_N)), strict=True
+            *(x.split(_GATHERED_TOKENS) for x in (q, self.rows_N, self.lens_N)), strict=True
         )
         return torch.cat(
             [
@@ -228,13 +234,13 @@ class _Reference(_Paged):
                     part,
                     self.keys[index],
                     self.values[index],
-                    blocks,
+                    self.table_BM[rows],
                     lens,
                     weights.window or None,
                     self.options.attention_softcap,
                     self.options.attention_scale,
                 )
-                for part, blocks, lens in parts
+                for part, rows, lens in parts
             ]
         )
 
@@ -247,12 +253,20 @@ class _Reference(_Paged):
 
 class _Composition(_Paged):
     """Operations composed of the ops in kernels. `product`: computes activations times weights;
-    `fixed`: the bits of a row do not depend on other rows."""
+    `fixed`: the bits of a token are those that it has alone; `prompts`: sequences may have
+    several tokens, as they do wherever not all tokens are read out."""
 
-    def __init__(self, *where: Any, product: Linear, fixed: bool) -> None:
+    def __init__(self, *where: Any, product: Linear, fixed: bool, prompts: bool) -> None:
         super().__init__(*where)
         self.product, self.fixed = product, fixed
         self.slots_N = self.block_N * self.size + self.slot_N  # in the cache
+        self.tiles = self.blocks_NM = None
+        if prompts and not fixed and self.head_dim <= LARGEST_HEAD:
+            group, held = self.num_heads // self.num_kv_heads, self.keys[0]
+            queries = queries_of_a_tile(group, self.head_dim, held.element_size(), held.device)
+            self.tiles = prefill_tiles(self.rows_N, self.lens_N, queries)
+        else:
+            self.blocks_NM = self.table_BM[self.rows_N]
 
     def linear(
         self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
@@ -282,17 +296,17 @@ class _Composition(_Paged):
         else:
             q, k, v = self.heads(weights, qkv)
             self.write(index, k, v)
-        return paged_attention(
-            q.to(keys.dtype),
-            keys,
-            values,
-            self.blocks_NM,
-            self.lens_N,
-            window=weights.window or None,
-            softcap=options.attention_softcap,
-            scale=options.attention_scale,
-            impl=self.impl,
-        )
+        how: dict[str, Any] = {
+            "window": weights.window or None,
+            "softcap": options.attention_softcap,
+            "scale": options.attention_scale,
+            "impl": self.impl,
+        }
+        q = q.to(keys.dtype)
+        if self.blocks_NM is None:
+            where = (self.table_BM, self.rows_N, self.lens_N)
+            return paged_prefill(q, keys, values, *where, tiles=self.tiles, **how)
+        return paged_attention(q, keys, values, self.blocks_NM, self.lens_N, **how)
 
     def _in_one(self, weights: LayerWeights) -> bool:
         """Whether the op rope_and_cache can be used: all of a head is rotated, and norms are per
@@ -562,5 +576,6 @@ def decode_step(
             each,
             product=_product_of(dtype, fixed),
             fixed=fixed,
+            prompts=out_slots is not None or len(token_ids) > len(block_table),
         )
     return _composed(ops, weights, token_ids, positions, out_slots)

@@ -379,3 +379,36 @@ def test_refuses_what_an_implementation_does_not_support(impl, device):
         q, k, v, table, lens = inputs(device, [2], (1, 1, 257, 16))
         with pytest.raises(RuntimeError, match="head dims up to 256, and this one is 257"):
             paged_attention(q, k, v, table, lens, impl=impl)
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_scratch_is_bounded_and_bits_stay(monkeypatch, device):
+    """Rows beyond what the scratch holds are computed by further launches, to the same bits."""
+    q, k, v, table, lens = inputs(device, [70, 5, 33, 0, 64, 41, 70])
+    whole = paged_attention(q, k, v, table, lens, impl="triton")
+    allocated, new_empty = [], torch.Tensor.new_empty
+
+    def counted(tensor, size, **options):
+        made = new_empty(tensor, size, **options)
+        allocated.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+    a_row = 4 * 4 * 3 * (8 + 2)  # bytes of float32: 4 heads, 3 splits, a head dim of 8
+    for scratch, rows in ((3 * a_row, 3), (a_row, 1), (0, 1)):
+        monkeypatch.setattr(module, "_SCRATCH", scratch)
+        allocated.clear()
+        assert torch.equal(paged_attention(q, k, v, table, lens, impl="triton"), whole)
+        assert sum(allocated) == rows * a_row
+
+
+@pytest.mark.cpu_only("arithmetic")
+def test_rows_at_once():
+    """2,048 tokens in the shape of Qwen2.5-0.5B with a context of 32,768 positions: 0.97 GB of
+    splits before, which took one launch."""
+    rows = module.rows_at_once(14, 128, 64)
+    assert 2048 * 4 * 14 * 128 * 66 == 968_884_224
+    assert rows == 560
+    assert rows * 4 * 14 * 128 * 66 <= module._SCRATCH
+    assert module.rows_at_once(14, 1, 64) > 1 << 30  # nothing to merge, no scratch
+    assert module.rows_at_once(128, 4096, 256) == 1

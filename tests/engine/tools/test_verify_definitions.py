@@ -160,6 +160,7 @@ FAULTS = {
     "fixed_linear": ("fixed_linear", "fixed_linear_reference", scaled),
     "decode_step": ("fusedrl.engine.model.step", "paged_attention_reference", scaled),
     "paged_attention": ("paged_attention", "paged_attention_reference", scaled),
+    "paged_prefill": ("paged_attention", "paged_attention_reference", scaled),
     "rope_and_cache": ("kv_cache", "rope_reference", scaled),
 }
 

@@ -1,4 +1,4 @@
-"""Ops on one layer of the paged cache: paged_attention, rope_and_cache."""
+"""Ops on one layer of the paged cache: paged_attention, paged_prefill, rope_and_cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedrl.engine.tools.verify import definitions
 from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, Tensors
-from fusedrl.kernels import kv_cache, paged_attention
+from fusedrl.kernels import kv_cache, paged_attention, paged_prefill
 
 from .common import BF16, FLOATS, floats, laid_out, no_worse, peer_of, uniform
 
@@ -93,6 +93,73 @@ PAGED_ATTENTION = Entry(
         "cuda": {"lengths": (1024,) * 64, "heads": (32, 8, 128), "dtype": BF16},
     },
     work=_paged_work,
+)
+
+
+def _prefill_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
+    """Make a problem of the last tokens of some rows, behind the prefixes that are in the cache."""
+    of_rows = _paged_problem(case, generator)
+    rows: list[int] = []
+    lens: list[int] = []
+    for b, (length, count) in enumerate(zip(case.lengths, case.queries, strict=False)):
+        lens += range(max(0, length - count) + 1, length + 1)
+        rows += [b] * min(count, length)
+    q = floats(generator, len(rows), case.heads[0], case.heads[2], dtype=case.dtype)
+    x = of_rows.x | {
+        "q": laid_out(q, case.layout),
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "context_lens": torch.tensor(lens, dtype=torch.int32),
+    }
+    return Problem(x, of_rows.settings)
+
+
+def _query_by_query(x: dict, s: dict) -> Tensors:
+    """Attend by the definition of paged_attention, each query over the blocks of its row."""
+    x = dict(x)
+    x["block_table"] = x["block_table"][x.pop("rows")]
+    return {"o": definitions.paged_attention(**x, **s)}
+
+
+PAGED_PREFILL = Entry(
+    "paged_prefill",
+    paged_prefill._IMPLS,
+    {
+        "lengths": ((9, 20, 5), (70,), (129, 2), (700, 33)),
+        "queries": ((5, 17, 1), (33, 1), (0, 2), (1, 0)),
+        "heads": ((4, 2, 8), (3, 3, 18), (8, 1, 64)),
+        "size": (16, 32, 64),
+        "window": (None, 1, 17),
+        "softcap": (None, 3.0),
+        "dtype": FLOATS,
+        "layout": ("plain", "misaligned"),
+    },
+    _prefill_problem,
+    forward=lambda x, s, impl: {"o": paged_prefill.paged_prefill(**x, **s, impl=impl)},
+    definition=_query_by_query,
+    # as paged_attention
+    bounds=lambda problem, want: {
+        "o": Bound(
+            0.0,
+            1e-5
+            + no_worse(
+                problem, want, peer_of(PAGED_PREFILL, problem, problem.x["q"].dtype), 1.0, 1.0, 2.0
+            )["o"].atol,
+        )
+    },
+    cost=lambda case: sum(case.queries) * max(case.lengths) * case.heads[0] * case.heads[2],
+    timed={
+        "cpu": {"lengths": (256,), "queries": (256,), "heads": (8, 2, 64)},
+        "cuda": {
+            "lengths": (1024,) * 8,
+            "queries": (1024,) * 8,
+            "heads": (32, 8, 128),
+            "dtype": BF16,
+        },
+    },
+    work=lambda problem, got: (
+        2 * problem.x["q"].nbytes,
+        4 * int(problem.x["context_lens"].sum()) * problem.x["q"].shape[1] * got["o"].shape[2],
+    ),
 )
 
 
