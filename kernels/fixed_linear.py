@@ -30,6 +30,7 @@ from fusedrl.kernels.runtime.triton import tl, triton
 
 if triton is not None:
     from fusedrl.kernels.paged_attention import _tanh
+    from fusedrl.kernels.split_linear import _rounded
 
 _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 FIXED_LINEAR_DTYPES = (torch.float32, torch.bfloat16)  # of the weights; "torch" takes more
@@ -95,8 +96,9 @@ if triton is not None:
                 weight_ptr + o * K + k[:, None], mask=(o < O) & (k < K)[:, None], other=0.0
             )
             if SPLIT:
-                hi = x.to(weight.dtype)
-                lo = (x.to(tl.float32) - hi.to(tl.float32)).to(weight.dtype)
+                x = x.to(tl.float32)
+                hi = _rounded(x, WIDEN)
+                lo = _rounded(x - hi.to(tl.float32), WIDEN)
                 if WIDEN:
                     hi, lo, weight = hi.to(tl.float32), lo.to(tl.float32), weight.to(tl.float32)
                 acc = tl.dot(lo, weight, acc, input_precision="ieee")

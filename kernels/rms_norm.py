@@ -372,7 +372,7 @@ def rms_norm(
     Args:
         x: [N, H], or [N, heads, H] to normalise every head. The last dimension must be contiguous;
             the other strides are free.
-        weight: [H], of x's dtype.
+        weight: [H], of x's dtype; beside float32 also bfloat16 or float16, which is exact.
         eps: added to the mean of the squares.
         residual: tensor in the shape and dtype of x, added to x first. If None, nothing is added.
         offset: added to the weight, in float32.
@@ -398,8 +398,10 @@ def rms_norm(
         else _IMPLS
     ).choose(x.device, impl)
     check_dtype(op, "x", x, FLOATS)
-    for name, tensor in (("weight", weight), ("residual", residual)):
-        check_dtype(op, name, tensor, (x.dtype,))
+    check_dtype(op, "weight", weight, FLOATS[:3] if x.dtype == torch.float32 else (x.dtype,))
+    check_dtype(op, "residual", residual, (x.dtype,))
+    if chosen != "triton":
+        weight = weight.to(x.dtype)
     for name, tensor in (("x", x), ("residual", residual)):
         check_last_contiguous(op, name, tensor)
     if chosen == "torch":
@@ -414,7 +416,7 @@ def rms_norm(
 # What tests/offline_compile.py compiles: hidden sizes with and without a residual, and the norm of
 # heads.
 if triton is not None:
-    OFFLINE_KERNELS = {
+    OFFLINE_KERNELS: dict[str, dict] = {
         name: entry
         for dtype in ("fp32", "bf16", "fp16")
         for H, heads, residual in (
@@ -424,4 +426,9 @@ if triton is not None:
             (128, 16, False),
         )
         for name, entry in _offline(dtype, H, heads, residual).items()
+    }
+    # float32 activations between bfloat16 weights
+    _decoding = OFFLINE_KERNELS["forward_fp32_1536_residual"]
+    OFFLINE_KERNELS["forward_fp32_bf16_1536_residual"] = _decoding | {
+        "signature": _decoding["signature"] | {"weight_ptr": "*bf16"}
     }

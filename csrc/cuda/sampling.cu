@@ -14,6 +14,7 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr float kSmallest = -87.0f;  // exp of less is not a normal float32: it counts as 0
 
 constexpr int kBits = DTYPE == 0 ? 32 : DTYPE == 1 ? 16 : 20;  // leading bits of the float32 in which all logits differ
+constexpr int kAhead = DTYPE == 0 ? 4 : 2;  // vectors of a thread that are read before the first of them is used; four of eight numbers would spill
 constexpr int kWidth = 16 / sizeof(Element), kNone = -2147483647 - 1, kNoId = 2147483647;
 
 struct alignas(16) Vector {
@@ -27,19 +28,27 @@ struct Row {
     bool aligned;
     float top, inverse;  // the largest logit that may be drawn, and 1 / T
 
-    // Logits from v on; -inf behind the end. c: of what may be drawn.
-    __device__ __forceinline__ void load(int v, float all[kWidth], float c[kWidth]) const {
+    // Logits from v on; -inf behind the end.
+    __device__ __forceinline__ Vector fetch(int v) const {
+        Vector x;
         if (aligned && v + kWidth <= V) {
-            const Vector x = *reinterpret_cast<const Vector*>(z + v);
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) all[i] = widen(x.at[i]);
+            x = *reinterpret_cast<const Vector*>(z + v);
         } else {
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) all[i] = v + i < V ? widen(z[v + i]) : -infinity();
+            for (int i = 0; i < kWidth; ++i) x.at[i] = v + i < V ? z[v + i] : narrow(-infinity());
         }
+        return x;
+    }
+
+    // The same as float32; c: of what may be drawn.
+    __device__ __forceinline__ void widened(int v, const Vector& x, float all[kWidth], float c[kWidth]) const {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) all[i] = widen(x.at[i]);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) c[i] = suppress != nullptr && v + i < V && suppress[v + i] ? -infinity() : all[i];
     }
+
+    __device__ __forceinline__ void load(int v, float all[kWidth], float c[kWidth]) const { widened(v, fetch(v), all, c); }
 
     __device__ __forceinline__ float scaled(float c) const { return (c - top) * inverse; }
     __device__ __forceinline__ float weight(float c) const { return scaled(c) < kSmallest ? 0.0f : __expf(scaled(c)); }  // NaN stays
@@ -47,13 +56,27 @@ struct Row {
     // Tokens of a warp: segments begin where a warp's vectors do.
     __device__ __forceinline__ int segment() const { return (V + kWarps * 32 * kWidth - 1) / (kWarps * 32 * kWidth) * 32 * kWidth; }
 
-    // f(v, all, c) for the vectors of this thread, in ascending order.
+    // f(v, all, c) for the vectors of this thread, in ascending order. kAhead of them are on the way at once: few rows are few blocks, whose one read of
+    // a row would otherwise wait for one vector after the other.
     template <class F>
     __device__ __forceinline__ void walk(F f) const {
+        constexpr int kStep = 32 * kWidth;
         const int begin = int(threadIdx.x / 32) * segment(), end = begin + segment() < V ? begin + segment() : V;
+        int v = begin + int(threadIdx.x % 32) * kWidth;
+        float all[kWidth], c[kWidth];
 #pragma unroll 1
-        for (int v = begin + int(threadIdx.x % 32) * kWidth; v < end; v += 32 * kWidth) {
-            float all[kWidth], c[kWidth];
+        for (; v + (kAhead - 1) * kStep < end; v += kAhead * kStep) {
+            Vector x[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) x[i] = fetch(v + i * kStep);
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                widened(v + i * kStep, x[i], all, c);
+                f(v + i * kStep, all, c);
+            }
+        }
+#pragma unroll 1
+        for (; v < end; v += kStep) {
             load(v, all, c);
             f(v, all, c);
         }

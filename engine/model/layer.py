@@ -129,13 +129,17 @@ class Ops(ABC):
         """Return [N, F], the input of the MLP's second product, computed from the output of its
         first."""
 
+    def _norm_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight of an RMSNorm as `rms_norm` takes it beside activations of `dtype`."""
+        return weight.to(dtype)
+
     # ---- what is alike -----------------------------------------------------------------------
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the LayerNorm of x if there is a bias, else the RMSNorm."""
-        if weight.dtype != x.dtype:
-            weight = weight.to(x.dtype)
         if bias is not None:
-            return F.layer_norm(x, weight.shape, weight, bias.to(x.dtype), self.eps)
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        weight = self._norm_weight(weight, x.dtype)
         y: Tensor = self.rms_norm(
             x, weight, eps=self.eps, offset=self.options.norm_offset, impl=self.impl
         )
@@ -152,11 +156,9 @@ class Ops(ABC):
         if weight is None or stream is None or bias is not None:
             total = delta if stream is None else delta + stream
             return (total if weight is None else self.norm(total, weight, bias)), total
-        if weight.dtype != delta.dtype:
-            weight = weight.to(delta.dtype)
         y, total = self.rms_norm(
             delta,
-            weight,
+            self._norm_weight(weight, delta.dtype),
             eps=self.eps,
             residual=stream,
             offset=self.options.norm_offset,

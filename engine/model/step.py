@@ -14,8 +14,10 @@ Shapes    N tokens, R of them read out, B rows (sequences) of the block table, M
           block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
 cpp       one native op computes everything (kernels/decode_step.py).
 triton    `layer` over the ops of kernels: rms_norm, rope_and_cache, paged_attention, swiglu, with
-          matrix products between them. The products are split_linear's for bfloat16 weights,
-          torch's for other dtypes, or `fixed_linear`'s, whose rows do not depend on one another. If
+          matrix products between them. The products are split_linear's for bfloat16 weights, three
+          launches each; torch's for other dtypes; or `fixed_linear`'s, whose rows do not depend on
+          one another, one launch each. A layer of a Llama that decodes is then 17 launches, or 9,
+          and one more where contexts pass the 256 positions of one split of attention. If
           a family rotates q and k in part or not at all, or norms all heads together, rope (if any)
           is a separate op and torch writes the cache. Tiles of a prompt's tokens read the cached
           positions before them together (paged_prefill), or, if the numerics are fixed, every token
@@ -268,6 +270,9 @@ class _Composition(_Paged):
         else:
             self.blocks_NM = self.table_BM[self.rows_N]
 
+    def _norm_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight if dtype == torch.float32 else weight.to(dtype)  # widened in the kernel
+
     def linear(
         self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
@@ -325,11 +330,11 @@ class _Composition(_Paged):
         return activate(up, self.options.activation, gated=weights.gated, impl=self.impl)
 
 
-def _product_of(dtype: torch.dtype, fixed: bool) -> Linear:
+def _product_of(dtype: torch.dtype, fixed: bool, impl: str | None) -> Linear:
     """Return the function that multiplies with weights of `dtype`."""
     if fixed:
         return partial(fixed_linear, impl="triton")
-    return split_linear if dtype == torch.bfloat16 else F.linear
+    return partial(split_linear, impl=impl) if dtype == torch.bfloat16 else F.linear
 
 
 def _composed(
@@ -574,7 +579,7 @@ def decode_step(
             *where,
             activation_dtype(dtype),
             each,
-            product=_product_of(dtype, fixed),
+            product=_product_of(dtype, fixed, each),
             fixed=fixed,
             prompts=out_slots is not None or len(token_ids) > len(block_table),
         )

@@ -121,6 +121,18 @@ def test_logprob_in_cuda():
     assert loop.count() <= 11 * 32
 
 
+def test_the_sampler_s_reads_are_four_vectors_ahead():
+    """So that the one block of a row has 32 KB on the way, where it had 8."""
+    if nvrtc.loading_fault() is not None:
+        pytest.skip(f"{nvrtc.loading_fault()}: pip install cuda-bindings nvidia-cuda-nvrtc")
+    from tests.support.machine_code import disassemble
+
+    code = disassemble(nvrtc.compile_cubin("sampling.cu", ("-DDTYPE=0",), "sm_90"))["sample"]
+    read = [loop.count("LDG.E.128") for loop in code.loops()]
+    assert read.count(4) == 8  # walks of a row: none before
+    assert set(read) <= {0, 1, 4}  # what is left of a segment, and the draw
+
+
 # ---- chunks --------------------------------------------------------------------------------------
 def passes(workspace_bytes, N, V, itemsize):
     """(rows of a chunk, how often the products of the gradients run) if all rows are active."""

@@ -146,6 +146,25 @@ def test_rounds_where_gemma_does(impl, dtype, device):
 
 
 @pytest.mark.each_impl("rms_norm")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_beside_float32(impl, dtype, device):
+    """The bits of the widened weight, and a gradient in the weight's own dtype."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 33, generator=draw).to(device)
+    weight = torch.randn(33, generator=draw).to(device).to(dtype).requires_grad_()
+    wide = weight.detach().float().requires_grad_()
+    for offset in (0.0, 1.0):
+        got, want = (rms_norm(x, w, eps=EPS, offset=offset, impl=impl) for w in (weight, wide))
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want)
+    (gradient,), (exact,) = (
+        torch.autograd.grad(y.square().sum(), w) for y, w in ((got, weight), (want, wide))
+    )
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.float(), exact, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.each_impl("rms_norm")
 def test_strides(impl, device):
     wide = torch.randn(6, 5, 24, device=device)
     weight, upstream = torch.randn(24, device=device), torch.randn(6, 2, 24, device=device)
@@ -253,8 +272,10 @@ def test_refuses_what_it_does_not_support(device):
         rms_norm(x, torch.ones(5, device=device), eps=EPS)
     with pytest.raises(ValueError, match="residual does not fit"):
         rms_norm(x, weight, eps=EPS, residual=torch.zeros(2, 4, device=device))
-    with pytest.raises(TypeError, match="expected weight of dtype float32"):
-        rms_norm(x, weight.half(), eps=EPS)
+    with pytest.raises(TypeError, match="expected weight of dtype float16"):
+        rms_norm(x.half(), weight, eps=EPS)
+    with pytest.raises(TypeError, match="expected weight of dtype float32, bfloat16, float16"):
+        rms_norm(x, weight.double(), eps=EPS)
     with pytest.raises(TypeError, match="expected x of dtype"):
         rms_norm(x.long(), weight.long(), eps=EPS)
     with pytest.raises(ValueError, match="contiguous last dimension"):
