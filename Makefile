@@ -6,12 +6,19 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c const
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: venv demo test test-full test-page test-oldest lint types docs sanitize fuzz torture soak bench validate tables kernel-report first-light first-light-packages clean
+.PHONY: venv demo test test-full test-page test-oldest lint types docs sanitize fuzz torture soak hashes bench validate tables kernel-report first-light first-light-packages clean
+
+# Where the lists of hashes are for this machine, pip takes the files that they name and no others; what follows finds all of it there. They are for Linux on
+# x86-64, Python 3.11 and a torch without CUDA: what PyPI's torch brings has not been tried here. Elsewhere versions alone are those of constraints.txt.
+HASHES := yes
+LISTED = test '$(HASHES)' = yes && $(VENV)/bin/python -c "import platform as p, sys; sys.exit((p.system(), p.machine(), p.python_implementation(), sys.version_info[:2]) != ('Linux', 'x86_64', 'CPython', (3, 11)))" && $(PIP) --dry-run --no-deps `grep -o '^torch==[^ ]*' hashes-demo.txt` 2> /dev/null
+REFUSED = { echo 'If a hash does not match, a file is not the one that was published. Where that is meant (an index that builds its own): add HASHES=no'; exit 1; }
 
 venv: $(TOOLS)
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* csrc/shared/*)
+$(INSTALLED): setup.py pyproject.toml constraints.txt hashes-demo.txt $(wildcard csrc/cpu/*/* csrc/shared/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@if $(LISTED); then $(PIP) --require-hashes --no-deps -r hashes-demo.txt || $(REFUSED); else echo 'hashes are not checked: hashes-demo.txt is not for this machine'; fi
 	$(PIP) --upgrade setuptools wheel ninja
 	$(PIP) torch numpy
 	$(PIP) --no-build-isolation -e .
@@ -19,7 +26,8 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* cs
 	touch $@
 
 # What only tests and docs need; fusedrl is there already and is not built again.
-$(TOOLS): $(INSTALLED)
+$(TOOLS): $(INSTALLED) hashes-tests.txt
+	@if $(LISTED); then $(PIP) --require-hashes --no-deps -r hashes-tests.txt || $(REFUSED); fi
 	$(PIP) 'fusedrl[test,docs]'
 	touch $@
 
@@ -67,6 +75,15 @@ torture: venv
 # 5,000 steps with everything on, watched from outside, and once more with 20 kills.
 soak: venv
 	$(RUN) -m tests.support.soak runs/soak --steps 5000 --resumes 20
+
+# Writes the lists of hashes anew, at the versions of constraints.txt: for the demo, and for tests and docs. Where torch without CUDA lies in a folder of wheels:
+# `make hashes TORCH="--find-links FOLDER"`.
+TORCH := --torch-backend cpu
+COMPILE := $(VENV)/bin/uv pip compile -q --generate-hashes --no-annotate --custom-compile-command 'make hashes' --python-version 3.11.5 --python-platform x86_64-manylinux_2_28 $(TORCH) -c constraints.txt pyproject.toml -
+hashes: venv
+	$(PIP) uv
+	printf 'setuptools\nwheel\nninja\n' | $(COMPILE) -o hashes-demo.txt
+	printf 'setuptools\nwheel\nninja\n' | $(COMPILE) --extra test --extra docs -o hashes-tests.txt
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -313,6 +313,60 @@ def _environment(source: str) -> set[str]:
     return found
 
 
+# ---- temporary files -----------------------------------------------------------------------------
+SHARED = re.compile(
+    r"(^|[\s'\"=])/(tmp|var/tmp|dev/shm)/+[\w.{-]"
+)  # a name in what all users share
+
+
+def _foretold(source: str) -> set[str]:
+    """Temporary files whose names another user of the machine can have taken before."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} if SHARED.search(node.value) else set()
+        if isinstance(node, ast.JoinedStr):
+            text = ast.unparse(node)
+            found |= {text} if SHARED.search(text) else set()
+        if isinstance(node, ast.Attribute) and node.attr in ("gettempdir", "gettempdirb"):
+            found.add(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "tempfile.mktemp":
+            found.add(ast.unparse(node))
+        if isinstance(node, ast.ImportFrom) and node.module == "tempfile":
+            found |= {n.name for n in node.names} & {"mktemp", "gettempdir", "gettempdirb"}
+    return found
+
+
+def test_temporary_files_have_no_name_that_can_be_foretold():
+    files = [*PRODUCT, ROOT / "setup.py"]
+    for room in ("bench", "tests", "examples"):
+        files += (ROOT / room).rglob("*.py")
+    assert len(files) > 400
+    found = {
+        path.relative_to(ROOT).as_posix(): names
+        for path in files
+        if (names := _foretold(path.read_text(encoding="utf-8")))
+    }
+    assert not found, "use tempfile.TemporaryDirectory, TemporaryFile or mkstemp"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open('/T/log', 'w')",
+        "Path('/var/T/x')",
+        "open(f'/T/{os.getpid()}')",
+        "run('cp a /T/b')",
+        "tempfile.mktemp()",
+        "from tempfile import gettempdir",
+        "Path(tempfile.gettempdir(), 'x')",
+    ],
+)
+def test_planted_names_of_temporary_files_are_found(source):
+    assert _foretold(source.replace("T", "tmp"))
+    assert not _foretold("with tempfile.TemporaryDirectory(dir='/dev/shm') as made: pass")
+
+
 def test_one_environment_variable():
     reads = {
         (p.relative_to(ROOT).as_posix(), name)

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from fusedrl.kernels.runtime import native, sources
 
@@ -374,6 +376,56 @@ def test_a_wheel_from_the_source_distribution_has_the_native_kernels(sdist, tmp_
             "kernels/shared_src/objectives.h",
         )
     )
+
+
+# ---- what make installs --------------------------------------------------------------------------
+def _pins(name: str) -> dict[str, str]:
+    """Return the versions that a list of packages holds, by their normal names."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = re.findall(r"^([\w.-]+)==([\w.+]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+
+def _wanted(*extras: str) -> set[str]:
+    """Return the packages that fusedrl asks for here, and those that they ask for."""
+    left, seen = [("fusedrl", extra) for extra in ("", *extras)], set()
+    while left:
+        name, extra = one = left.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        for text in metadata.requires(name) or ():
+            wanted = Requirement(text)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                found = re.sub(r"[-_.]+", "-", wanted.name).lower()
+                left += [(found, inner) for inner in ("", *wanted.extras)]
+    return {name for name, _ in seen} - {"fusedrl"}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the lists are for torch without CUDA")
+@pytest.mark.parametrize(
+    "name, extras", [("hashes-demo.txt", ()), ("hashes-tests.txt", ("test", "docs"))]
+)
+def test_lists_of_hashes_have_all_that_is_installed_at_the_same_versions(name, extras):
+    """`make hashes` writes them; whatever they lack would be installed without a hash."""
+    listed, fixed = _pins(name), _pins("constraints.txt")
+    wanted = _wanted(*extras) | {"setuptools", "wheel", "ninja"}
+    assert wanted > {"torch", "triton", "markdown-it-py"}  # rich asks for the last
+    assert not wanted - set(listed), f"make hashes: {wanted - set(listed)}"
+    free = {"triton", "nvidia-cuda-nvrtc"}  # torch with CUDA asks for versions of its own
+    other = {one for one in listed if listed[one].partition("+")[0] != fixed.get(one)}
+    assert other <= free, f"make hashes: {other}"
+    blocks = re.split(r"^(?=\S)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    bare = [one for one in blocks if one and one[0] != "#" and "--hash=sha256:" not in one]
+    assert not bare
+
+
+def test_what_torch_with_cuda_fixes_itself_is_not_fixed_to_something_else():
+    """It asks for one version of triton and of NVIDIA's packages. Where another one is fixed here,
+    pip finds no solution for whoever has that torch."""
+    fixed = _pins("constraints.txt")
+    assert fixed["torch"]
+    assert not [one for one in fixed if one == "triton" or one.startswith("nvidia-")]
 
 
 # ---- installs that are not what they seem --------------------------------------------------------

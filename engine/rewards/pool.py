@@ -100,13 +100,14 @@ class Workers:
         self.close()
 
     def _start(self) -> None:
-        if self._thread is not None:
-            return
-        reads, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        thread = threading.Thread(target=self._serve, args=(reads,), daemon=True)
-        self._thread = thread
-        thread.start()
+        with self._lock:  # several threads may ask first
+            if self._thread is not None:
+                return
+            reads, self._wake = os.pipe()
+            os.set_blocking(self._wake, False)
+            thread = threading.Thread(target=self._serve, args=(reads,), daemon=True)
+            thread.start()
+            self._thread = thread
 
     def ask(
         self, kind: str, request: dict[str, Any], *, together: bool = False, times: int = 1
@@ -142,9 +143,14 @@ class Workers:
         if self._thread is not None:
             self._notify()
             self._thread.join(2 * _LAST)
+        with self._lock:
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            os.close(wake)
 
     def _notify(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # full: the thread is awake anyway
+        # full: the thread is awake anyway
+        with self._lock, contextlib.suppress(BlockingIOError, OSError):
             if self._wake is not None:
                 os.write(self._wake, b".")
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -268,6 +269,32 @@ def test_a_file_that_a_worker_cannot_import(tmp_path):
         pytest.raises(RewardError, match=r"once.py:f: importing the file raised OSError: no"),
     ):
         rewards.score(["p"], ["a"], [[1]], [[2]])
+
+
+def test_threads_that_ask_first_start_it_once_and_its_end_leaves_nothing(monkeypatch):
+    """Of a pool without processes, whose requests wait until it is closed."""
+    made, answers, real = [], [], os.pipe
+
+    def slow():
+        time.sleep(0.2)
+        made.append(real())
+        return made[-1]
+
+    monkeypatch.setattr(os, "pipe", slow)
+    before = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    pool = Workers(0, SECONDS)
+    threads = [
+        threading.Thread(target=lambda: answers.append(pool.ask("reward", {}))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(made) == 1
+    pool.close()
+    assert [answer.cancelled() for answer in answers] == [True] * 3
+    assert (len(os.listdir("/proc/self/fd")), set(threading.enumerate())) == before
+    pool.close()  # once more is nothing
 
 
 def test_a_worker_holds_no_lock_of_the_run(score, tmp_path):
