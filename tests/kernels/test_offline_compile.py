@@ -27,7 +27,7 @@ def run(arguments, **environment):
     )
 
 
-# The tile sizes are chosen for the compiler of constraints.txt. An older one keeps some values of
+# The tile sizes are chosen for the compiler of Triton 3.9. An older one keeps some values of
 # some of these kernels in memory, which costs a little time and changes nothing: bytes of a thread,
 # or registers on gfx942.
 SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 128
