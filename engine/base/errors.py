@@ -65,17 +65,55 @@ def ran_out(error: BaseException | None) -> bool:
     )
 
 
-def as_shortage(error: BaseException, where: str = "") -> BaseException:
-    """Return the error itself, or, if memory ran out, a SetupError that says so in one line, with
-    a remedy. `where` is the part of the run: "in train", say."""
-    if not ran_out(error):
-        return error
-    lines = str(error).splitlines() or [type(error).__name__]
-    return SetupError(
-        f"out of memory{f' {where}' if where else ''} ({lines[0].strip()[:300]}); lower "
-        "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl plan "
-        "says what would fit"
+def device_failed(error: BaseException | None) -> bool:
+    """Whether a device has failed for good, as after a kernel that wrote where it must not: every
+    later call on it fails as well, and what its memory holds is not to be trusted."""
+    return (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, SetupError)
+        and not ran_out(error)
+        and (
+            any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)
+            or str(error).startswith(("CUDA error:", "HIP error:"))
+        )
     )
+
+
+def of_the_machine(error: BaseException | None) -> bool:
+    """Whether memory ran out or a device failed: no fault of the file that was being read."""
+    return ran_out(error) or device_failed(error)
+
+
+def _first_failure(error: BaseException) -> BaseException:
+    """Return the first failure of the device in a chain of errors: what cleans up behind it calls
+    the device again, and fails as well."""
+    found, seen, one = error, {id(error)}, error.__cause__ or error.__context__
+    while one is not None and id(one) not in seen:
+        found = one if device_failed(one) else found
+        seen.add(id(one))
+        one = one.__cause__ or one.__context__
+    return found
+
+
+def as_machine_fault(error: BaseException, where: str = "") -> BaseException:
+    """Return the error itself, or, if memory ran out or the device failed for good, a SetupError
+    that says so in one line, with a remedy. `where` is the part of the run: "in train", say."""
+    where = f" {where}" if where else ""
+    told = _first_failure(error) if device_failed(error) else error
+    said = (str(told).splitlines() or [type(told).__name__])[0].strip()[:300]
+    if ran_out(error):
+        return SetupError(
+            f"out of memory{where} ({said}); lower tokens_per_microbatch, or set "
+            "checkpoint_activations or optim.state int8; fusedrl plan says what would fit"
+        )
+    if device_failed(error):
+        return SetupError(
+            f"the device failed{where} ({said}); nothing more is read from it, since its memory is "
+            "not to be trusted. Go on from the last checkpoint in a new process; where it fails "
+            "again, fusedrl verify tries the kernels on this device, and CUDA_LAUNCH_BLOCKING=1 "
+            "names the call"
+        )
+    return error
 
 
 _NO_NETWORK = (  # of the hub's client, of the HTTP libraries below it, and of datasets

@@ -8,16 +8,15 @@ the device, and dropped examples are counted.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fusedrl.engine.base.blame import told
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.records import Demonstration, Dialogue, Prompt, PromptExample, Tools
+from fusedrl.engine.data.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,18 +49,15 @@ def encode_prompt(
 
     Raises:
         DataError: there is no tokenizer; the prompt is empty and there is no BOS token; there are
-            messages but no chat template, or the template renders them as nothing; or the text has
-            a lone surrogate.
+            messages but no chat template, or the template renders them as nothing or without end;
+            or the text has a lone surrogate.
     """
     if tokenizer is None:
         raise no_tokenizer()
     if not isinstance(prompt, str):
         _needs_template(tokenizer)
-        with _templates():
-            text = tokenizer.apply_chat_template(
-                prompt, tools=tools, tokenize=False, add_generation_prompt=True
-            )
-        if not (ids := _ids(tokenizer, str(text), special=False)):
+        text = render(tokenizer, prompt, tools, add_generation_prompt=True)
+        if not (ids := _ids(tokenizer, text, special=False)):
             raise DataError(
                 "the chat template makes nothing of the prompt's messages; a completion needs at "
                 f"least one token to go on from: {str(prompt)[:120]}"
@@ -153,7 +149,7 @@ def encode_dialogue(
     if tokenizer is None:
         raise no_tokenizer()
     _needs_template(tokenizer)
-    text = _render(tokenizer, dialogue)
+    text = render(tokenizer, dialogue.messages, dialogue.tools)
     turns = _turns_by_prefix(tokenizer, dialogue, text) or _turns_by_marks(
         tokenizer, dialogue, text
     )
@@ -179,38 +175,6 @@ def encode_dialogue(
     return ids + rest, actions + [False] * len(rest)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, **options: Any) -> str:
-    with _templates():
-        return str(
-            tokenizer.apply_chat_template(
-                dialogue.messages, tools=dialogue.tools, tokenize=False, **options
-            )
-        )
-
-
-@contextlib.contextmanager
-def _templates() -> Iterator[None]:
-    """Turn an error of a chat template within the block into a DataError about data and
-    template."""
-    from jinja2.exceptions import TemplateError, TemplateSyntaxError
-
-    try:
-        yield
-    except TemplateSyntaxError as error:
-        raise DataError(
-            f"the model's chat template is no template that can be read: {error.message} (line "
-            f"{error.lineno} of it); mend chat_template.jinja, or chat_template in "
-            "tokenizer_config.json, in the model's directory"
-        ) from error
-    except Exception as error:  # a template calls, indexes and divides as it likes
-        said = error if isinstance(error, TemplateError) else told(error)
-        raise DataError(
-            f"the model's chat template refuses these messages: {said}; change their roles or "
-            "order (many templates take no system message, and "
-            "user and assistant in turn), or the template in the model's directory"
-        ) from error
-
-
 def _turns_by_prefix(
     tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, text: str
 ) -> list[tuple[int, int]]:
@@ -221,12 +185,10 @@ def _turns_by_prefix(
         if message["role"] == "assistant":
             if not index:
                 return []  # no template renders an empty conversation
-            before = _render(
-                tokenizer,
-                Dialogue(dialogue.messages[:index], dialogue.tools),
-                add_generation_prompt=True,
+            before = render(
+                tokenizer, dialogue.messages[:index], dialogue.tools, add_generation_prompt=True
             )
-            through = _render(tokenizer, Dialogue(dialogue.messages[: index + 1], dialogue.tools))
+            through = render(tokenizer, dialogue.messages[: index + 1], dialogue.tools)
             if not text.startswith(through) or not through.startswith(before):
                 return []
             spans.append((len(before), len(through)))
@@ -245,7 +207,7 @@ def _turns_by_marks(
         template = re.sub(
             rf"({{%-?)\s*{name}\s*(-?%}})", rf"\1 if true %}}{mark}{{% endif \2", template
         )
-    printed = _render(tokenizer, dialogue, chat_template=template)
+    printed = render(tokenizer, dialogue.messages, dialogue.tools, chat_template=template)
     spans: list[tuple[int, int]] = []
     at = 0
     for part in printed.split(begin)[1:]:

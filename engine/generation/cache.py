@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedrl.engine.base.errors import SetupError, ran_out
 from fusedrl.engine.base.memory import advise_huge_pages
 from fusedrl.engine.model.step import DecoderWeights, allocate_cache
 
@@ -131,7 +132,11 @@ def resolve_num_blocks(
 class KVCache:
     """Tensors of the cache: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size,
     D], both of `dtype` (by default the weights'). Block 0 is the null block: it pads block tables
-    and holds no sequence."""
+    and holds no sequence.
+
+    Raises:
+        SetupError: the device has no room for it.
+    """
 
     def __init__(
         self,
@@ -144,7 +149,19 @@ class KVCache:
         self.num_blocks = resolve_num_blocks(config, weights, max_positions, dtype) + 1
         self.k: Tensor
         self.v: Tensor
-        self.k, self.v = allocate_cache(weights, self.num_blocks, config.block_size, dtype=dtype)
+        try:
+            self.k, self.v = allocate_cache(
+                weights, self.num_blocks, config.block_size, dtype=dtype
+            )
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            size = self.num_blocks * block_bytes(weights, config.block_size, dtype)
+            raise SetupError(
+                f"out of memory: no room for a KV cache of {size / 2**30:.2f} GiB beside what is "
+                "there; grant it less (CacheConfig: memory_bytes, memory_fraction, num_blocks or "
+                "max_sequences)"
+            ) from error
         for pool in (self.k, self.v):
             advise_huge_pages(pool)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusedrl.engine.base.errors import of_the_machine
 from fusedrl.engine.model.directories import no_model
 from fusedrl.engine.model.families import FAMILIES, ROPE_KINDS, Family
 
@@ -153,6 +154,8 @@ def model_config(
     # what no check foresaw: an entry of a type or a size that the arithmetic of its family does
     # not take
     except (TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(
             f"{where}: cannot be read as the configuration of a {raw.get('model_type')!r:.80} "
             f"({type(error).__name__}: {error}); an entry is of a type or a size that it cannot "

@@ -30,11 +30,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from itertools import chain
 from operator import attrgetter, is_
@@ -58,6 +59,29 @@ from fusedrl.engine.model.sharing import shared_config
 Depth = Literal["counts", "first rows", "all"]
 
 _count = attrgetter("_version")
+
+
+# whose methods the hooks of all optimizers call. A hook of each watch's own would be removed where
+# the watch is collected, which may be while torch goes through the hooks
+_WATCHES: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+@functools.cache
+def _listen() -> None:
+    """Have every watch told, from now on, before and after each step of a torch optimizer."""
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for watch in list(_WATCHES):
+            if watch._shares:
+                watch._check_gradients(optimizer)
+            watch._stepping(optimizer)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for watch in list(_WATCHES):
+            watch._stepped(optimizer)
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
 
 
 class Watch:
@@ -90,24 +114,9 @@ class Watch:
         self._rows: Tensor | None = None
         self._sums: Tensor | None = None
         self._take()
-        reference = weakref.ref(self)
-
-        def listening(
-            method: Callable[[Watch, Optimizer], None],
-        ) -> Callable[[Optimizer, Any, Any], None]:
-            def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                watch = reference()
-                if watch is not None:
-                    method(watch, optimizer)
-
-            return hook
-
-        hooks = [register_optimizer_step_post_hook(listening(Watch._stepped))]
-        if module is not None:
-            hooks.append(register_optimizer_step_pre_hook(listening(Watch._check_gradients)))
-        hooks.append(register_optimizer_step_pre_hook(listening(Watch._stepping)))
-        for handle in hooks:
-            weakref.finalize(self, handle.remove)
+        self._shares = module is not None
+        _WATCHES.add(self)
+        _listen()
 
     # ---- looking ---------------------------------------------------------------------------------
     def look(self, depth: Depth | None = None, *, lightly: bool = False) -> int:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusedrl.engine.base.errors import check_no_pointer
+from fusedrl.engine.base.errors import check_no_pointer, of_the_machine
 from fusedrl.engine.model.configuration import ModelConfig, model_config, read_json
 from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.directories import (
@@ -296,6 +296,8 @@ def load_tokenizer(path: str | Path) -> Any:
     # the library's own, the tokenizers package's, the system's: all mean that these files are no
     # tokenizer
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(
             f"{directory}: expected a tokenizer that transformers itself has, got files that it "
             f"cannot load ({type(error).__name__}: "

@@ -42,7 +42,7 @@ from fusedrl.engine.base.errors import (
     Elsewhere,
     SetupError,
     Stopped,
-    as_shortage,
+    as_machine_fault,
     ran_out,
 )
 
@@ -485,7 +485,7 @@ def joined(
             ranks.own("GPU", card(device) if ranks.size > 1 else None)
             yield ranks
         except BaseException as error:
-            told = ranks.stopped or as_shortage(error)
+            told = ranks.stopped or as_machine_fault(error)
             if isinstance(told, Exception | Stopped | KeyboardInterrupt):
                 ranks.fail(told)
             if told is not error:

@@ -31,7 +31,13 @@ import numpy as np
 import torch
 
 from fusedrl.engine.base.activity import Activity
-from fusedrl.engine.base.errors import ConfigError, Stopped, as_shortage, resume_command
+from fusedrl.engine.base.errors import (
+    ConfigError,
+    Stopped,
+    as_machine_fault,
+    device_failed,
+    resume_command,
+)
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.optim.learner import Learner
@@ -164,14 +170,14 @@ class Run(contextlib.AbstractContextManager["Run"]):
     ) -> None:
         phase = self.activity.phase
         where = f"in {phase}" if phase else ""
-        told = None if error is None else as_shortage(error, where)
+        told = None if error is None else as_machine_fault(error, where)
         if isinstance(told, Exception) and self._saver is None and self._exit is not None:
             told = Stopped(self._exit)  # what a library made of the signal while it was imported
         self._leaving = True
         try:
             together = told is None or self.ranks.fail(told)
             if told is not None and self._saver is not None:
-                self._leave(self._saver, told, together)
+                self._leave(self._saver, told, together, device_failed(error))
             elif self._saver is not None:
                 self._tell_best(self._saver)
         finally:
@@ -242,13 +248,18 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 "to stop at once, and lose what was not saved"
             )
 
-    def _leave(self, saver: Saver, error: BaseException, together: bool) -> None:
+    def _leave(self, saver: Saver, error: BaseException, together: bool, broken: bool) -> None:
         """Save the last completed step if possible, and say what was saved and where. Never hides
-        `error`. `together`: whether all ranks can still save together."""
+        `error`.
+
+        Args:
+            together: whether all ranks can still save together.
+            broken: whether the device failed, so that what it holds must not reach a checkpoint.
+        """
         problem = ""
         if not together:
             problem = "the ranks are not together any more, so that nothing more is saved. "
-        elif all(self._of_all(not saver.safe and saver.whole)):
+        elif all(self._of_all(not broken and not saver.safe and saver.whole)):
             try:
                 saver.save()
             except Exception as failed:
@@ -260,7 +271,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 )
         elif not saver.safe:
             problem = f"the last completed step, {saver.step}, is not saved: " + (
-                "saving it failed. " if saver.failed else "the weights have begun to change since. "
+                "the device failed. "
+                if broken
+                else "saving it failed. "
+                if saver.failed
+                else "the weights have begun to change since. "
             )
         if saver.saved is None:
             kept = "nothing is saved" + (": no step was completed" if saver.step == 0 else "")

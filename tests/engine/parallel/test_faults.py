@@ -23,7 +23,7 @@ from tests.support.launched import (
     wait_for_a_step,
 )
 
-from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, as_shortage
+from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, as_machine_fault
 from fusedrl.engine.cli import devices
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.cli.processes import Processes
@@ -72,11 +72,37 @@ def test_a_bug_on_one_rank_shows_one_traceback(furnished):
     ],
 )
 def test_what_counts_as_a_shortage_of_memory(error, is_one):
-    told = as_shortage(error, "in score")
+    told = as_machine_fault(error, "in score")
     assert (told is not error) == is_one
     if is_one:
         assert isinstance(told, SetupError)
         assert str(told).startswith("out of memory in score (")
+        assert "\n" not in str(told)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (
+            torch.AcceleratorError(
+                "CUDA error: unspecified launch failure\nCUDA kernel errors", 719
+            ),
+            True,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("HIP error: invalid device function"), True),
+        (RuntimeError("logits hold NaN"), False),
+        (ValueError("CUDA error: no"), False),
+        (SetupError("CUDA error: said already"), False),
+    ],
+)
+def test_what_counts_as_a_device_that_failed(error, is_one):
+    told = as_machine_fault(error, "in rollout")
+    assert (told is not error) == is_one
+    if is_one:
+        assert isinstance(told, SetupError)
+        assert str(told).startswith("the device failed in rollout (")
+        assert "last checkpoint in a new process" in str(told)
         assert "\n" not in str(told)
 
 
