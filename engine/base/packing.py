@@ -41,7 +41,15 @@ _PER_TOKEN = (
     "token_rewards",
     "weights_versions",
 )
-_PER_SEQUENCE = ("scores", "group_ids", "greedy_scores", "reward_parts")
+_PER_SEQUENCE = (
+    "scores",
+    "group_ids",
+    "greedy_scores",
+    "reward_parts",
+    "token_totals",
+    "cut_off",
+    "last_values",
+)
 
 
 def cost_of(tokens: int) -> int:
@@ -110,11 +118,14 @@ class PackedBatch:
     of them); float32 [N] log-probabilities, entropies, values, advantages, returns, loss weights
     and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same
     prompt's greedy completion, int64 [B] group_ids, equal for sequences of the same prompt, float32
-    [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply). `rollout_logp`
-    and `rollout_values` come from the sampler, for comparison. Training uses the numbers of the
-    training forward, whose bits the next forward reproduces. `kept` has one row per slot: the ids
-    that the slot's token was drawn from (those that top-k, top-p or min-p left; an empty row: the
-    whole vocabulary). The token is scored over these ids alone. `lengths` are the sequences'
+    [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply), float32 [B]
+    token_totals, the part of a score that accrued at single tokens, bool [B] cut_off, sequences
+    whose end is none for the critic, float32 [B] last_values, the value of the state after the last
+    token of those (0 for others). `rollout_logp` and `rollout_values` come from the sampler, for
+    comparison. Training uses the numbers of the training forward, whose bits the next forward
+    reproduces. `kept` has one row per slot: the ids that the slot's token was drawn from (those
+    that top-k, top-p or min-p left; an empty row: the whole vocabulary). The token is scored over
+    these ids alone. `lengths` are the sequences'
     lengths on the host.
     """
 
@@ -139,6 +150,9 @@ class PackedBatch:
     group_ids: Tensor | None = None
     greedy_scores: Tensor | None = None
     reward_parts: Tensor | None = None
+    token_totals: Tensor | None = None
+    cut_off: Tensor | None = None
+    last_values: Tensor | None = None
     kept: Kept | None = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal
 
@@ -41,6 +42,14 @@ class LossConfig:
         objective: name or module.function of an objective, to replace the algorithm's.
         gamma: discount per token.
         lam: lambda of GAE.
+        lam_critic: lambda of the returns that the critic learns, where it is another one than the
+            policy's; None: the same. Yuan et al. (2025, VC-PPO) and Yue et al. (2025, VAPO) take 1.
+        lam_alpha: give each completion of l tokens the lambda max(0, 1 - 1 / (lam_alpha l)) in
+            place of `lam` (VAPO, who take 0.05). The critic then needs a lambda of its own or has
+            the same. None is off.
+        bootstrap_truncated: a completion that was cut off has the critic's value of what comes next
+            behind its last token, in place of its score: the limit of length is no end of the task
+            (Pardo et al., 2018). Rewards of single tokens and the KL stay.
         k: number of steps ahead in k-step advantages.
         discount_states: multiply the advantage of token t by gamma^t, as in Sutton and Barto's
             REINFORCE; this is not usual for language models.
@@ -80,6 +89,9 @@ class LossConfig:
     objective: str | None = None
     gamma: float = 1.0
     lam: float = 0.95
+    lam_critic: float | None = None
+    lam_alpha: float | None = None
+    bootstrap_truncated: bool = False
     k: int = 5
     discount_states: bool = False
     whiten: bool = OF_ALGORITHM
@@ -109,6 +121,12 @@ class LossConfig:
             "loss",
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
             ("lam", 0 <= self.lam <= 1, "in [0, 1]"),
+            ("lam_critic", self.lam_critic is None or 0 <= self.lam_critic <= 1, "in [0, 1]"),
+            (
+                "lam_alpha",
+                self.lam_alpha is None or 0 < self.lam_alpha < math.inf,
+                "> 0, or null for one lambda",
+            ),
             ("k", self.k >= 1, ">= 1"),
             ("advantage_clip", self.advantage_clip is None or self.advantage_clip >= 0, ">= 0"),
             (
@@ -249,6 +267,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         self.check_sampling()
         self.check_reference()
         self._check_completions()
+        self._check_lambdas()
         self._check_critic()
         self._check_truncation()
         self._check_objective()
@@ -309,6 +328,43 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 "refill_tries",
                 self.refill_tries == 0 or (self.refill_tries > 0 and self.samples_per_prompt > 1),
                 ">= 0, and 0 with samples_per_prompt = 1",
+            ),
+        )
+
+    def _check_lambdas(self) -> None:
+        """Check options that only advantages of a critic read."""
+        loss = self.loss
+        without = [
+            name
+            for name, given in (
+                ("missing_eos_penalty", self.missing_eos_penalty != 0),
+                ("overlong_buffer", self.overlong_buffer > 0),
+                ("mask_truncated_completions", self.mask_truncated_completions),
+            )
+            if given
+        ]
+        check(
+            self,
+            "",
+            *(
+                (
+                    f"loss.{name}",
+                    getattr(loss, name) is None or self.advantage == "gae",
+                    f"only with the advantage gae, not {self.advantage}, which has no lambda",
+                )
+                for name in ("lam_critic", "lam_alpha")
+            ),
+            (
+                "loss.bootstrap_truncated",
+                not loss.bootstrap_truncated or ADVANTAGES.get(self.advantage) == "critic",
+                f"only with a critic: the advantage {self.advantage} has no values (ppo and a2c "
+                "have)",
+            ),
+            (
+                "loss.bootstrap_truncated",
+                not loss.bootstrap_truncated or not without,
+                f"without {', '.join(without)}: a completion that was cut off has no score then, "
+                "and no penalty in it",
             ),
         )
 

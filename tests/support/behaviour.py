@@ -115,11 +115,17 @@ POLICY_OPTIONS = {
     "kl_in_loss": ["--kl.placement", "loss", "--kl.coef", "0.1"],
     "kl_target": ["--kl.coef", "0.1", "--kl.target", "2"],
     "normalized": ["--normalize_scores", "true"],
+    "lambdas": [
+        *("--loss.lam_critic", "1", "--loss.lam_alpha", "0.4"),
+        *("--loss.bootstrap_truncated", "true"),
+        *("--generation.stop_token_ids", "[9, 12, 15, 18, 21, 24]"),  # some completions end
+    ],
     "chosen": [
         *("--loss.top_entropy_quantile", "0.5"),
         *("--loss.clip_cov_ratio", "0.1", "--loss.clip_cov_low", "-5"),
     ],
 }
+OF_CRITICS = ("critic", "lambdas")  # what a row of groups refuses
 CLOCKED = ("timing/", "mem/", "tokens_per_s")  # metrics of the machine rather than of the run
 REWARDS = """
 def likes_w3(prompts, completions, begins_at=None, **columns):
@@ -151,7 +157,7 @@ def cases() -> dict[str, list[str]]:
     found |= {row: ["train", row, *POLICY] for row in ROWS}
     for row in ("ppo", "grpo"):
         for name, options in POLICY_OPTIONS.items():
-            if not (row == "grpo" and name == "critic"):
+            if not (row == "grpo" and name in OF_CRITICS):
                 found[f"{row} {name}"] = ["train", row, *POLICY, *options]
     return found
 

@@ -42,6 +42,7 @@ CASES = (
     "ppo",
     "grpo bfloat16",
     "ppo critic",
+    "ppo lambdas",
     "ppo lora",
     "ppo replay",
     "ppo refill",
