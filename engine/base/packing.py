@@ -29,6 +29,7 @@ _PER_TOKEN = (
     "positions",
     "action_mask",
     "loss_mask",
+    "held",
     "rollout_logp",
     "old_logp",
     "old_entropy",
@@ -115,8 +116,9 @@ class PackedBatch:
     token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence;
     action_mask [N] bool, True where the policy chose the token (the EOS that ended it included).
     The other columns are optional: bool [N] loss_mask, the actions that the loss is over (None: all
-    of them); float32 [N] log-probabilities, entropies, values, advantages, returns, loss weights
-    and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same
+    of them), and held, the actions that it holds near the policy of the rollout; float32 [N]
+    log-probabilities, entropies, values, advantages, returns, loss weights and token rewards,
+    int64 [N] weights_versions, float32 [B] scores and scores of the same
     prompt's greedy completion, int64 [B] group_ids, equal for sequences of the same prompt, float32
     [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply), float32 [B]
     token_totals, the part of a score that accrued at single tokens, bool [B] cut_off, sequences
@@ -135,6 +137,7 @@ class PackedBatch:
     action_mask: Tensor
     lengths: tuple[int, ...]
     loss_mask: Tensor | None = None
+    held: Tensor | None = None
     rollout_logp: Tensor | None = None
     old_logp: Tensor | None = None
     old_entropy: Tensor | None = None

@@ -120,6 +120,7 @@ POLICY_OPTIONS = {
         *("--loss.bootstrap_truncated", "true"),
         *("--generation.stop_token_ids", "[9, 12, 15, 18, 21, 24]"),  # some completions end
     ],
+    "held": ["--loss.kl_cov_ratio", "0.1", "--minibatches", "2"],
     "chosen": [
         *("--loss.top_entropy_quantile", "0.5"),
         *("--loss.clip_cov_ratio", "0.1", "--loss.clip_cov_low", "-5"),
