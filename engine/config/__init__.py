@@ -14,6 +14,7 @@ from fusedrl.engine.config.base import (
     RunConfig,
 )
 from fusedrl.engine.config.dpo import DPOConfig
+from fusedrl.engine.config.kto import KTOConfig
 from fusedrl.engine.config.loss import LossConfig
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
@@ -30,6 +31,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "KLConfig",
+    "KTOConfig",
     "LoRAConfig",
     "LossConfig",
     "OptimConfig",

@@ -153,6 +153,10 @@ def cases() -> dict[str, list[str]]:
     found |= {
         f"dpo {name}": ["train", "dpo", *PAIRS, *SFT_OPTIONS[name]] for name in ("lora", "bfloat16")
     }
+    answers = ["train", "kto", *PAIRS]
+    answers[answers.index("--pairs_per_step")] = "--answers_per_step"
+    found["kto"] = answers
+    found |= {f"kto {name}": [*answers, *SFT_OPTIONS[name]] for name in ("lora", "bfloat16")}
     sampled = [*POLICY, "--samples_per_prompt", "4"]
     found["rejection"] = ["train", "rejection", *sampled]
     found |= {row: ["train", row, *POLICY] for row in ROWS}

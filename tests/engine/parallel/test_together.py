@@ -38,6 +38,7 @@ CASES = (
     "sft held_out",
     "reward",
     "dpo sigmoid",
+    "kto",
     "rejection",
     "ppo",
     "grpo bfloat16",

@@ -194,7 +194,7 @@ def test_pair(place, row, a, b):
 
 STAGE_PAIRS = [
     (stage, a, b)
-    for stage in ("sft", "reward", "dpo")
+    for stage in ("sft", "reward", "dpo", "kto")
     for a, b in itertools.combinations(SFT_OPTIONS, 2)
     if f"{stage} {a}" in cases() and f"{stage} {b}" in cases()
 ]
