@@ -118,6 +118,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         self._check_critic()
         self._check_truncation()
         self._check_objective()
+        if self.advantage == "online_dpo":
+            self._check_pairs()
 
     def _fill(self) -> None:
         """Take the algorithm's values for options that were not set."""
@@ -347,6 +349,39 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 f"another one than gdpo with {', '.join(acting)}, which acts on the sum of all "
                 "rewards: gdpo normalises each reward by itself",
                 self.advantage,
+            ),
+        )
+
+    def _check_pairs(self) -> None:
+        """Check that the advantage online_dpo is the gradient of DPO's loss."""
+        once = self.epochs * self.minibatches == 1 and self.replay is None
+        check(
+            self,
+            "",
+            (
+                "kl.coef",
+                self.kl.coef > 0 and self.kl.placement == "reward",
+                "> 0 with kl.placement = reward and the advantage online_dpo (it is DPO's beta)",
+                (self.kl.coef, self.kl.placement),
+            ),
+            (
+                "minibatches",
+                once,
+                "1, epochs 1 and no replay with the advantage online_dpo: its loss is of pairs "
+                "that the policy itself has just drawn",
+                (self.minibatches, self.epochs),
+            ),
+            (
+                "loss.aggregation",
+                self.loss.aggregation == "sequence_mean_token_sum" and not self.loss.whiten,
+                "sequence_mean_token_sum without loss.whiten with the advantage online_dpo (DPO's "
+                "log-ratios are sums over tokens)",
+                (self.loss.aggregation, self.loss.whiten),
+            ),
+            (
+                "mask_truncated_completions",
+                not self.mask_truncated_completions,
+                "false with the advantage online_dpo (it would leave half a pair)",
             ),
         )
 

@@ -598,6 +598,33 @@ def _gdpo(x: Signals) -> Tensor:
     return x.per_token((sums_B / (spread + GRPO_EPS)).to(x.totals.dtype))
 
 
+@_built_in("online_dpo")
+def _online_dpo(x: Signals) -> Tensor:
+    """Return what makes REINFORCE the gradient of DPO's loss on the policy's own samples (Guo et
+    al., 2024): for the completions of the highest and of the lowest score of a group
+
+        +- n (groups / pairs) beta sigmoid(-beta h)
+        h = (log pi - log ref)(best) - (log pi - log ref)(worst), sums over tokens, beta = kl_coef
+
+    and 0 for the others of the n. While the policy is the one that drew the samples, and with a
+    weight of 1 / completions for each token, the gradient is that of the mean over pairs of -log
+    sigmoid(beta h). A group whose scores are all the same is a tie and no pair. Of several best
+    completions the first counts, of several worst ones the last.
+    """
+    scores_B, ratio_B = x.shaped.score_per_sequence, x.shaped.kl_per_sequence.double()
+    order = torch.sort(scores_B, descending=True, stable=True).indices
+    order = order[torch.sort(x.group_ids[order], stable=True).indices]
+    _, sizes = torch.unique_consecutive(x.group_ids[order], return_counts=True)
+    ends = sizes.cumsum(0)
+    best, worst = order[ends - sizes], order[ends - 1]
+    paired = scores_B[best] > scores_B[worst]
+    beta, share = x.kl_coef, len(sizes) / paired.sum().clamp(min=1).double()
+    pull = sizes * share * beta * torch.sigmoid(-beta * (ratio_B[best] - ratio_B[worst]))
+    pull = torch.where(paired, pull, 0.0)
+    found_B = torch.zeros_like(ratio_B).index_add(0, best, pull).index_add(0, worst, -pull)
+    return x.per_token(found_B.to(x.totals.dtype))
+
+
 def _standardised(x: Signals, part_B: Tensor) -> Tensor:
     """Return [B] a reward less the group's mean, divided by its standard deviation plus eps. It is
     exactly 0 where the reward does not apply (NaN), or is the same in the whole group."""

@@ -88,6 +88,7 @@ ROWS = (
     "gmpo",
     "pass_at_k",
     "gdpo",
+    "online_dpo",
     "dro",
     "sequence_ratio",
 )
