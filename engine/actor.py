@@ -29,7 +29,13 @@ from fusedrl.engine.generation.generator import Drawing, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.directories import resolve_directory
-from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
+from fusedrl.engine.model.heads import (
+    VALUE_HEAD_FILE,
+    ValueHead,
+    last_values,
+    load_value_head,
+    save_value_head,
+)
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.peft_adapters import inner_model
@@ -619,6 +625,18 @@ class HybridActor:
             ValueError: both are given, or `partition` does not contain each sequence of the batch
                 once.
         """
+        return self.score_with_ends(batch, temperature, tokens_per_microbatch, partition)[0]
+
+    @torch.no_grad()
+    def score_with_ends(
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        tokens_per_microbatch: int | None = None,
+        partition: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Scored, Tensor | None]:
+        """Return what `score` returns, and of a batch with the column cut_off what
+        `heads.last_values` returns; None without that column or without a value head."""
         if partition is not None and tokens_per_microbatch is not None:
             raise ValueError(
                 "HybridActor.score: tokens_per_microbatch and partition each cut the batch; give "
@@ -636,6 +654,9 @@ class HybridActor:
             torch.zeros(batch.num_tokens, dtype=torch.float32, device=batch.device)
             for _ in range(2 if self.value_head is None else 3)
         ]
+        open_ended = None if batch.cut_off is None else self.value_head
+        if open_ended is not None:
+            columns.append(torch.zeros(batch.num_sequences, device=batch.device))
         mine = deal(costs_of(batch.lengths, partition), self.ranks.size)[self.ranks.rank]
         self.activity.begin("scoring", "micro-batches", len(mine))
         for part in (partition[index] for index in mine):
@@ -649,10 +670,15 @@ class HybridActor:
                 *([] if self.value_head is None else [self.values(micro, hidden_NH)]),
             ]
             slots = batch.slots(part)
-            for column, x_N in zip(columns, scored, strict=True):
+            for column, x_N in zip(columns, scored, strict=False):
                 column[slots] = x_N
+            if open_ended is not None:
+                after_B = last_values(open_ended, micro, hidden_NH, strict=self.strict)
+                columns[3][list(part)] = after_B
         self.ranks.sum("scores", *columns)
-        return Scored(columns[0], columns[1], columns[2] if self.value_head is not None else None)
+        values = None if self.value_head is None else columns[2]
+        ends = None if open_ended is None else columns[3]
+        return Scored(columns[0], columns[1], values), ends
 
     # ---- the weights -----------------------------------------------------------------------------
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -29,6 +29,7 @@ _PER_TOKEN = (
     "positions",
     "action_mask",
     "loss_mask",
+    "held",
     "rollout_logp",
     "old_logp",
     "old_entropy",
@@ -41,7 +42,15 @@ _PER_TOKEN = (
     "token_rewards",
     "weights_versions",
 )
-_PER_SEQUENCE = ("scores", "group_ids", "greedy_scores", "reward_parts")
+_PER_SEQUENCE = (
+    "scores",
+    "group_ids",
+    "greedy_scores",
+    "reward_parts",
+    "token_totals",
+    "cut_off",
+    "last_values",
+)
 
 
 def cost_of(tokens: int) -> int:
@@ -107,14 +116,18 @@ class PackedBatch:
     token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence;
     action_mask [N] bool, True where the policy chose the token (the EOS that ended it included).
     The other columns are optional: bool [N] loss_mask, the actions that the loss is over (None: all
-    of them); float32 [N] log-probabilities, entropies, values, advantages, returns, loss weights
-    and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same
+    of them), and held, the actions that it holds near the policy of the rollout; float32 [N]
+    log-probabilities, entropies, values, advantages, returns, loss weights and token rewards,
+    int64 [N] weights_versions, float32 [B] scores and scores of the same
     prompt's greedy completion, int64 [B] group_ids, equal for sequences of the same prompt, float32
-    [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply). `rollout_logp`
-    and `rollout_values` come from the sampler, for comparison. Training uses the numbers of the
-    training forward, whose bits the next forward reproduces. `kept` has one row per slot: the ids
-    that the slot's token was drawn from (those that top-k, top-p or min-p left; an empty row: the
-    whole vocabulary). The token is scored over these ids alone. `lengths` are the sequences'
+    [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply), float32 [B]
+    token_totals, the part of a score that accrued at single tokens, bool [B] cut_off, sequences
+    whose end is none for the critic, float32 [B] last_values, the value of the state after the last
+    token of those (0 for others). `rollout_logp` and `rollout_values` come from the sampler, for
+    comparison. Training uses the numbers of the training forward, whose bits the next forward
+    reproduces. `kept` has one row per slot: the ids that the slot's token was drawn from (those
+    that top-k, top-p or min-p left; an empty row: the whole vocabulary). The token is scored over
+    these ids alone. `lengths` are the sequences'
     lengths on the host.
     """
 
@@ -124,6 +137,7 @@ class PackedBatch:
     action_mask: Tensor
     lengths: tuple[int, ...]
     loss_mask: Tensor | None = None
+    held: Tensor | None = None
     rollout_logp: Tensor | None = None
     old_logp: Tensor | None = None
     old_entropy: Tensor | None = None
@@ -139,6 +153,9 @@ class PackedBatch:
     group_ids: Tensor | None = None
     greedy_scores: Tensor | None = None
     reward_parts: Tensor | None = None
+    token_totals: Tensor | None = None
+    cut_off: Tensor | None = None
+    last_values: Tensor | None = None
     kept: Kept | None = None
 
     def __post_init__(self) -> None:

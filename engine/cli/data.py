@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fusedrl.engine.data.sources import Source
     from fusedrl.engine.tools.preview import Wanted
 
-_STAGES = ("sft", "reward", "dpo", "rejection", *ALGORITHMS)
+_STAGES = ("sft", "reward", "dpo", "kto", "rejection", *ALGORITHMS)
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -131,11 +131,14 @@ def _wanted(source: Source, options: argparse.Namespace) -> Wanted:
 def _kind(source: Source, stage: str | None, every_turn: bool) -> Any:
     """Return the type of record that a stage reads from a source; None without a stage."""
     from fusedrl.engine.data import records
+    from fusedrl.engine.preference.answers import is_unpaired
     from fusedrl.engine.preference.comparisons import is_ranked
 
     if every_turn:
         return records.Dialogue
     if stage == "reward":
         return records.RankedExample if is_ranked(source) else records.PairExample
+    if stage == "kto":
+        return records.UnpairedExample if is_unpaired(source) else records.PairExample
     kinds = {None: None, "sft": records.Demonstration, "dpo": records.PairExample}
     return kinds.get(stage, records.PromptExample)

@@ -21,6 +21,7 @@ DATA_OF = {  # stage -> the name that its examples give to a file; policies: pro
     "sft": "demonstrations.jsonl",
     "reward": "pairs.jsonl",
     "dpo": "pairs.jsonl",
+    "kto": "labelled.jsonl",
 }
 
 

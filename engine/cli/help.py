@@ -23,6 +23,7 @@ COMMON = {  # what --help shows, where a stage has it; --help-all shows all
         "minibatches",
         "sequences_per_step",
         "pairs_per_step",
+        "answers_per_step",
         "max_length",
         "max_prompt_length",
         "generation.max_new_tokens",

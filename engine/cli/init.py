@@ -39,7 +39,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser], stages: Mapping[s
         help="a commented YAML file of a stage's options, or a recipe for a model",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="stages: sft, reward, dpo, rejection, ppo, grpo, ... (fusedrl train --help)\n"
+        epilog="stages: sft, reward, dpo, kto, rejection, ppo, grpo, ... (fusedrl train --help)\n"
         "recipes:\n" + "\n".join(f"  {name}" for name in recipes()),
     )
     init.set_defaults(call=lambda options: _init(options, stages))

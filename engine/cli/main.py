@@ -66,6 +66,7 @@ from fusedrl.engine.cli.verify import verify_options
 from fusedrl.engine.cli.words import LACKING, in_plain_words
 from fusedrl.engine.config import (
     DPOConfig,
+    KTOConfig,
     PolicyConfig,
     RejectionConfig,
     RewardModelConfig,
@@ -91,6 +92,12 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
         "fusedrl.engine.stages.dpo",
         "train_dpo",
         "direct preference optimisation: preferences, no reward model",
+    ),
+    "kto": (
+        KTOConfig,
+        "fusedrl.engine.stages.kto",
+        "train_kto",
+        "Kahneman-Tversky optimisation: answers labelled as wanted or not",
     ),
     "rejection": (
         RejectionConfig,
@@ -482,7 +489,7 @@ the longest of them, without for max_prompt_length or the model's full length.
   --devices N          what the run takes on each of N devices
   --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
 
-stages: sft, reward, dpo, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists
+stages: sft, reward, dpo, kto, ppo, ...: those of fusedrl train; fusedrl train STAGE --help lists
 the other options."""
 
 

@@ -56,7 +56,9 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "pretrain_data": ("ptx.data",),
     "ptx_coef": ("ptx.coef",),
     # batches
-    "per_device_train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"),
+    "per_device_train_batch_size": (
+        *("prompts_per_step", "sequences_per_step", "pairs_per_step", "answers_per_step"),
+    ),
     "gradient_accumulation_steps": ("tokens_per_microbatch",),
     "train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"),
     "rollout_batch_size": ("prompts_per_step",),
@@ -211,9 +213,10 @@ HOW = {
 # count epochs.
 OF_OTHER_STAGES: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
-    "prompts_per_step": ("sequences_per_step", "pairs_per_step"),
-    "sequences_per_step": ("prompts_per_step", "pairs_per_step"),
-    "pairs_per_step": ("prompts_per_step", "sequences_per_step"),
+    "prompts_per_step": ("sequences_per_step", "pairs_per_step", "answers_per_step"),
+    "sequences_per_step": ("prompts_per_step", "pairs_per_step", "answers_per_step"),
+    "pairs_per_step": ("prompts_per_step", "sequences_per_step", "answers_per_step"),
+    "answers_per_step": ("prompts_per_step", "sequences_per_step", "pairs_per_step"),
     "max_prompt_length": ("max_length",),
     "max_length": ("max_prompt_length",),
     "kl.coef": ("beta",),
@@ -238,6 +241,7 @@ STAGES_ELSEWHERE = {
     "cdpo": "dpo",
     "simpo": "dpo",
     "orpo": "dpo",
+    "bco": "kto",
     "finetune": "sft",
 }
 

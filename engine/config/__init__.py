@@ -14,11 +14,13 @@ from fusedrl.engine.config.base import (
     RunConfig,
 )
 from fusedrl.engine.config.dpo import DPOConfig
+from fusedrl.engine.config.kto import KTOConfig
+from fusedrl.engine.config.loss import LossConfig
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
 from fusedrl.engine.config.parts import CriticConfig, KLConfig, PenaltyConfig, PtxConfig, TRPOConfig
-from fusedrl.engine.config.policy import LossConfig, PolicyConfig
+from fusedrl.engine.config.policy import PolicyConfig
 from fusedrl.engine.config.rejection import RejectionConfig
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "KLConfig",
+    "KTOConfig",
     "LoRAConfig",
     "LossConfig",
     "OptimConfig",

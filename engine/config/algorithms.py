@@ -17,7 +17,9 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           (2025), Optimizing Language Models for Inference Time Objectives using Reinforcement
           Learning, without verl's division by the group's standard deviation; gdpo: Liu et al.
           (2026), Group reward-Decoupled Normalization Policy Optimization; distill: Agarwal et al.
-          (2024), GKD, with lambda 1: every completion is the student's own; sequence_ratio: the
+          (2024), GKD, with lambda 1: every completion is the student's own; online_dpo: Guo et al.
+          (2024), Direct Language Model Alignment from Online AI Feedback, with the beta of their
+          DPO as the KL's coefficient; sequence_ratio: the
           objective by which courses introduce PPO for language models, without advantages: for
           study.
 Updates   optimizer steps on one rollout are epochs x minibatches; with one step every ratio is
@@ -92,6 +94,7 @@ ADVANTAGES: dict[str, Needs] = {
     "gpg": "group",
     "pass_at_k": "group",
     "gdpo": "group",
+    "online_dpo": "group",
     "remax": "greedy",
 }
 # Built-in objectives: a kind in kernels/objective.py, and its default bounds, which apply if a
@@ -314,6 +317,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         kl_placement="loss",
         kl_coef=1.0,
         kl_estimator="full",
+    ),
+    "online_dpo": Algorithm(
+        "online DPO: the better of two samples is preferred to the worse",
+        "online_dpo",
+        "reinforce",
+        _SUM,
+        kl_coef=0.1,
+        samples_per_prompt=2,
     ),
     "dro": Algorithm(
         "direct reward optimisation with a critic", "learned_baseline", "dro", "token_mean"

@@ -1,12 +1,12 @@
-"""Options of policy optimisation: advantage and loss, and the run itself."""
+"""Options of a run of policy optimisation."""
 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Literal
 
-from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
+from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, Algorithm
 from fusedrl.engine.config.base import OptimConfig, ReferenceConfig, SamplingConfig, check, either
+from fusedrl.engine.config.loss import LossConfig
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.parts import (
@@ -18,143 +18,8 @@ from fusedrl.engine.config.parts import (
     TRPOConfig,
 )
 
-_AGGREGATIONS = (
-    "token_mean",
-    "sequence_mean_token_mean",
-    "sequence_mean_token_sum",
-    "sequence_sum_norm",
-)
 # objectives whose terms are of single tokens, and 0 where the advantage is
 _OF_TOKENS = ("reinforce", "importance", "ppo_clip", "dual_clip", "dapo", "cispo", "sapo")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Options of the advantage and the loss.
-
-    The defaults of PPO are those of Ziegler et al. (2019) and Stiennon et al. (2020), as
-    re-implemented by Huang et al. (2024). Fields without a default here take that of the algorithm,
-    and the bounds of a ratio take that of the objective (both in algorithms.py).
-
-    Args:
-        advantage: name or module.function of an advantage, to replace the algorithm's.
-        objective: name or module.function of an objective, to replace the algorithm's.
-        gamma: discount per token.
-        lam: lambda of GAE.
-        k: number of steps ahead in k-step advantages.
-        discount_states: multiply the advantage of token t by gamma^t, as in Sutton and Barto's
-            REINFORCE; this is not usual for language models.
-        whiten: scale advantages to mean 0 and variance 1 (population) over the whole batch of a
-            step.
-        advantage_clip: clip advantages, after whitening, to +- this; 0 does not clip.
-        clip_low: the ratio is clipped below at 1 - clip_low.
-        clip_high: the ratio is clipped above at 1 + clip_high.
-        dual_clip: bound on the ratio for negative advantages, so that the loss is at most dual_clip
-            x |A|; None is off.
-        clip_max: with cispo, the cap on the ratio.
-        tau_positive: with sapo, the temperature of the gate for A > 0.
-        tau_negative: with sapo, the temperature of the gate for A < 0.
-        beta: with dro, the weight of the squared term; with ppo_penalty, a fixed coefficient
-            instead of the adaptive one.
-        value_clip: values move at most this far from the old ones; None is off.
-        value_coef: weight of the value loss. A separate critic has gradients of its own, which the
-            weight only scales; there it matters only through Adam's epsilon and gradient clipping.
-        entropy_coef: weight of the entropy bonus.
-        entropy_target: minimise entropy_coef |H - entropy_target| instead of adding the bonus
-            (Zheng et al., 2023). H is the mean entropy of the rollout's tokens in nats. Below the
-            target, entropy is rewarded; above it, penalised. A target above log(vocabulary), such
-            as their 35, always rewards entropy.
-        aggregation: how token losses become one number.
-        top_entropy_quantile: share of a rollout's tokens, those of the highest entropy, that keep
-            their advantage; the others get 0 (Wang et al., 2025, Beyond the 80/20 Rule, who take
-            0.2). 1 keeps all.
-        clip_cov_ratio: share of a rollout's tokens, drawn among those whose covariance of
-            log-probability and advantage is between clip_cov_low and clip_cov_high, that get the
-            advantage 0 (Cui et al., 2025, The Entropy Mechanism, Clip-Cov, who take 0.0002). 0 is
-            off.
-        clip_cov_low: covariance above which tokens may be drawn.
-        clip_cov_high: covariance below which they may be.
-    """
-
-    advantage: str | None = None
-    objective: str | None = None
-    gamma: float = 1.0
-    lam: float = 0.95
-    k: int = 5
-    discount_states: bool = False
-    whiten: bool = OF_ALGORITHM
-    advantage_clip: float | None = OF_ALGORITHM
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    clip_max: float | None = None
-    tau_positive: float | None = None
-    tau_negative: float | None = None
-    beta: float | None = None
-    value_clip: float | None = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    entropy_target: float | None = None
-    aggregation: Literal[
-        "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm"
-    ] = OF_ALGORITHM
-    top_entropy_quantile: float = 1.0
-    clip_cov_ratio: float = 0.0
-    clip_cov_low: float = 1.0
-    clip_cov_high: float = 5.0
-
-    def __post_init__(self) -> None:
-        check(
-            self,
-            "loss",
-            ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
-            ("lam", 0 <= self.lam <= 1, "in [0, 1]"),
-            ("k", self.k >= 1, ">= 1"),
-            ("advantage_clip", self.advantage_clip is None or self.advantage_clip >= 0, ">= 0"),
-            (
-                "entropy_target",
-                self.entropy_target is None or (self.entropy_target >= 0 and self.entropy_coef > 0),
-                ">= 0 with loss.entropy_coef > 0, which weighs the distance to it",
-                (self.entropy_target, self.entropy_coef),
-            ),
-            ("clip_low", self.clip_low is None or 0 < self.clip_low < 1, "in (0, 1)"),
-            ("clip_high", self.clip_high is None or self.clip_high > 0, "> 0"),
-            ("dual_clip", self.dual_clip is None or self.dual_clip > 1, "> 1"),
-            ("value_clip", self.value_clip is None or self.value_clip > 0, "> 0, or null for none"),
-            ("value_coef", self.value_coef >= 0, ">= 0"),
-            ("entropy_coef", self.entropy_coef >= 0, ">= 0"),
-            (
-                "aggregation",
-                self.aggregation in (None, *_AGGREGATIONS),
-                f"one of {', '.join(_AGGREGATIONS)}",
-            ),
-            ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
-            ("clip_cov_ratio", 0 <= self.clip_cov_ratio < 1, "in [0, 1)"),
-            (
-                "clip_cov_low",
-                self.clip_cov_low < self.clip_cov_high,
-                "below loss.clip_cov_high",
-                (self.clip_cov_low, self.clip_cov_high),
-            ),
-        )
-
-    @property
-    def chooses_tokens(self) -> bool:
-        """Whether some tokens of a rollout lose their advantage."""
-        return self.top_entropy_quantile < 1 or self.clip_cov_ratio > 0
-
-    def filled(self, row: Algorithm) -> LossConfig:
-        """Return these options, with the values of the algorithm and of its objective for those
-        that were not set."""
-        usual = OBJECTIVES.get(self.objective or row.objective, ("", {}))[1]
-        bounds = {name: either(getattr(self, name), usual.get(name)) for name in BOUNDS}
-        return replace(
-            self,
-            whiten=either(self.whiten, row.whiten),
-            advantage_clip=either(self.advantage_clip, row.advantage_clip),
-            aggregation=self.aggregation or row.aggregation,
-            **bounds,
-        )
 
 
 @dataclass(frozen=True)
@@ -249,9 +114,12 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         self.check_sampling()
         self.check_reference()
         self._check_completions()
+        self._check_lambdas()
         self._check_critic()
         self._check_truncation()
         self._check_objective()
+        if self.advantage == "online_dpo":
+            self._check_pairs()
 
     def _fill(self) -> None:
         """Take the algorithm's values for options that were not set."""
@@ -309,6 +177,43 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 "refill_tries",
                 self.refill_tries == 0 or (self.refill_tries > 0 and self.samples_per_prompt > 1),
                 ">= 0, and 0 with samples_per_prompt = 1",
+            ),
+        )
+
+    def _check_lambdas(self) -> None:
+        """Check options that only advantages of a critic read."""
+        loss = self.loss
+        without = [
+            name
+            for name, given in (
+                ("missing_eos_penalty", self.missing_eos_penalty != 0),
+                ("overlong_buffer", self.overlong_buffer > 0),
+                ("mask_truncated_completions", self.mask_truncated_completions),
+            )
+            if given
+        ]
+        check(
+            self,
+            "",
+            *(
+                (
+                    f"loss.{name}",
+                    getattr(loss, name) is None or self.advantage == "gae",
+                    f"only with the advantage gae, not {self.advantage}, which has no lambda",
+                )
+                for name in ("lam_critic", "lam_alpha")
+            ),
+            (
+                "loss.bootstrap_truncated",
+                not loss.bootstrap_truncated or ADVANTAGES.get(self.advantage) == "critic",
+                f"only with a critic: the advantage {self.advantage} has no values (ppo and a2c "
+                "have)",
+            ),
+            (
+                "loss.bootstrap_truncated",
+                not loss.bootstrap_truncated or not without,
+                f"without {', '.join(without)}: a completion that was cut off has no score then, "
+                "and no penalty in it",
             ),
         )
 
@@ -390,8 +295,9 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             (
                 "loss.objective",
                 not self.loss.chooses_tokens or self.objective in _OF_TOKENS,
-                f"one of {', '.join(_OF_TOKENS)} with loss.top_entropy_quantile and "
-                "loss.clip_cov_ratio: the terms of others are not of single tokens",
+                f"one of {', '.join(_OF_TOKENS)} with loss.top_entropy_quantile, "
+                "loss.clip_cov_ratio and loss.kl_cov_ratio: the terms of others are not of single "
+                "tokens",
                 self.objective,
             ),
         )
@@ -446,6 +352,39 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             ),
         )
 
+    def _check_pairs(self) -> None:
+        """Check that the advantage online_dpo is the gradient of DPO's loss."""
+        once = self.epochs * self.minibatches == 1 and self.replay is None
+        check(
+            self,
+            "",
+            (
+                "kl.coef",
+                self.kl.coef > 0 and self.kl.placement == "reward",
+                "> 0 with kl.placement = reward and the advantage online_dpo (it is DPO's beta)",
+                (self.kl.coef, self.kl.placement),
+            ),
+            (
+                "minibatches",
+                once,
+                "1, epochs 1 and no replay with the advantage online_dpo: its loss is of pairs "
+                "that the policy itself has just drawn",
+                (self.minibatches, self.epochs),
+            ),
+            (
+                "loss.aggregation",
+                self.loss.aggregation == "sequence_mean_token_sum" and not self.loss.whiten,
+                "sequence_mean_token_sum without loss.whiten with the advantage online_dpo (DPO's "
+                "log-ratios are sums over tokens)",
+                (self.loss.aggregation, self.loss.whiten),
+            ),
+            (
+                "mask_truncated_completions",
+                not self.mask_truncated_completions,
+                "false with the advantage online_dpo (it would leave half a pair)",
+            ),
+        )
+
     @property
     def title(self) -> str:
         """Name of the run on the terminal."""
@@ -494,6 +433,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             if (value := getattr(self.loss, name)) is not None
         ]
         found += ["penalty"] if self.objective == "ppo_penalty" and self.loss.beta is None else []
+        if self.loss.kl_cov_ratio:
+            found.append(f"loss.kl_cov_ratio {self.loss.kl_cov_ratio:g}")
         has_values = ADVANTAGES.get(self.advantage, "critic") == "critic"
         return tuple(
             found

@@ -120,6 +120,19 @@ class ValueHead(nn.Module):
             ).squeeze(-1)
 
 
+def last_values(
+    head: ValueHead, batch: PackedBatch, hidden_NH: Tensor, *, strict: bool = False
+) -> Tensor:
+    """Return [B] float32: of sequences that were cut off (column cut_off), the value of the state
+    after the last token, read at that token's hidden state, whether it is an action or not; 0 of
+    other sequences."""
+    cut_B = batch.column("cut_off")
+    ends_B = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
+    if not batch.num_tokens:
+        return torch.zeros_like(cut_B, dtype=torch.float32)
+    return torch.where(cut_B, head(hidden_NH.index_select(0, ends_B), strict=strict), 0.0)
+
+
 def save_value_head(head: ValueHead, directory: str | Path) -> None:
     """Write the head into the directory of a saved actor, atomically. It is stored as one linear
     layer that gives the values in the rewards' scale."""

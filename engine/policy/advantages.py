@@ -5,6 +5,13 @@ that users register.
             (coef 0 unless the KL is placed in the reward)
     R   = sum_t r_t = score - coef KL                                        of a completion
 
+A completion that was cut off, where loss.bootstrap_truncated is set, has V(s_{T+1}) behind its last
+token in place of the score: an end that the limit of length made is not one of the task (Pardo et
+al., 2018, Time limits in reinforcement learning). Kept beside V, the score would be paid twice, and
+a constant in it would reward running into the limit. What accrued at single tokens stays.
+
+One file: each advantage is a few lines over the same `Signals`.
+
 A function takes `Signals` and returns advantages [N], or (advantages, returns) where a critic is
 trained on the returns. An advantage that is the same for all tokens of a completion is
 computed from R and spread by `per_token`; one that looks ahead is computed from r_t. The kernels do
@@ -34,7 +41,6 @@ from fusedrl.kernels.gae import (
     gae,
     k_step_advantages,
     shaped_gae,
-    td_advantages,
 )
 from fusedrl.kernels.kl import token_kl
 from fusedrl.kernels.normalize import group_normalize, masked_whiten
@@ -58,6 +64,8 @@ class Signals:
         score_clip: scores are clipped to +-score_clip.
         baseline: mean of all returns of earlier steps.
         reward_weights: weight of each of `batch.reward_parts`; None: 1 each.
+        lam_critic: lambda of the returns that a critic learns; None: as for the advantages.
+        lam_alpha: alpha of a lambda for each completion (`lam_of_length`); None: `lam`.
         level: mean return of the first rollout. `settled` computes baseline and level for the first
             rollout itself, so that a constant added to all rewards changes no advantage. If rewards
             have moved since then, `settled` corrects both; they are then tensors [B].
@@ -73,6 +81,8 @@ class Signals:
     baseline: float | Tensor = 0.0
     level: float | Tensor = 0.0
     reward_weights: tuple[float, ...] | None = None
+    lam_critic: float | None = None
+    lam_alpha: float | None = None
 
     @classmethod
     def of(
@@ -97,6 +107,8 @@ class Signals:
             baseline,
             level,
             (*(config.reward_weights or (1.0,) * len(config.reward)), 1.0),  # 1: of penalties
+            loss.lam_critic,
+            loss.lam_alpha,
         )
 
     def settled(self, first: bool = True) -> tuple[Signals, float]:
@@ -108,6 +120,7 @@ class Signals:
         their tokens. Values that are too low on average would make the last token of every
         completion look like a gain, whatever the token is. Values that are too high would make it
         look like a loss, and the critic's own training steps are too short to mend this at once.
+        Completions whose end is bootstrapped say nothing of this: their G moves with V.
 
         The first rollout applies the whole correction. Later rollouts apply only the
         part of it that chance does not explain (`beyond_chance`), so a real shift of all rewards is
@@ -133,7 +146,8 @@ class Signals:
                 batch.action_mask, "sequence_mean_token_mean", cu_seqlens=batch.cu_seqlens
             ).double()
             short_B, weight_B = self._sums(weights_N * self._targets[0]), self._sums(weights_N)
-            short, each_B = off(short_B / weight_B.clamp(min=1e-30), weight_B > 0)
+            told_B = weight_B > 0 if batch.cut_off is None else (weight_B > 0) & ~batch.cut_off
+            short, each_B = off(short_B / weight_B.clamp(min=1e-30), told_B)
             each_N = torch.repeat_interleave(
                 each_B, batch.cu_seqlens.long().diff(), output_size=batch.num_tokens
             )
@@ -148,6 +162,11 @@ class Signals:
                     for name, x_N in columns.items()
                 }
             )
+            if batch.last_values is not None:
+                after_B = batch.last_values + each_B.to(batch.last_values.dtype)
+                batch = batch.with_columns(
+                    last_values=torch.where(batch.column("cut_off"), after_B, 0.0)
+                )
         totals_B = self.totals.double()
         everyone_B = torch.ones_like(totals_B, dtype=torch.bool)
         if first:
@@ -213,18 +232,23 @@ class Signals:
                 f"{self.kl_coef} in the reward, got a batch without"
             )
         ref_N = old_N if batch.old_logp is None or batch.ref_logp is None else batch.ref_logp
+        scores_B, clip = batch.column("scores"), self.score_clip
+        if batch.cut_off is not None:
+            scores_B = scores_B if clip is None else scores_B.clamp(-clip, clip)
+            accrued_B = torch.zeros_like(scores_B) if (t := batch.token_totals) is None else t
+            scores_B, clip = torch.where(batch.cut_off, accrued_B, scores_B), None
         return shaped_gae(
             old_N,
             ref_N,
             values_N,
-            batch.column("scores"),
+            scores_B,
             mask=batch.action_mask,
             cu_seqlens=batch.cu_seqlens,
             kl_coef=self.kl_coef,
             gamma=self.gamma,
             lam=self.lam,
             token_rewards=batch.token_rewards,
-            score_clip=self.score_clip,
+            score_clip=clip,
             whiten=False,
         )
 
@@ -235,7 +259,7 @@ class Signals:
 
     @property
     def totals(self) -> Tensor:
-        """[B] return R of each completion."""
+        """[B] return R of each completion; without the score where the end is bootstrapped."""
         return self.shaped.score_per_sequence - self.kl_coef * self.shaped.kl_per_sequence
 
     @property
@@ -248,6 +272,30 @@ class Signals:
         """[B] int64 number of unmasked tokens of each completion."""
         before = self.batch.counts_before(self.batch.action_mask)
         return before[self.batch.cu_seqlens.long()].diff()
+
+    @property
+    def lam_of_length(self) -> float | Tensor:
+        """Lambda of the advantages: `lam`, or with `lam_alpha` [B] max(0, 1 - 1 / (alpha l)) of a
+        completion of l tokens. What comes k tokens later counts lambda^k, so that a fixed lambda of
+        0.95 leaves nothing of a score 1,000 tokens away; this one leaves exp(-1 / alpha) of it
+        whatever the length (Yue et al., 2025, VAPO)."""
+        if self.lam_alpha is None:
+            return self.lam
+        tokens_B = self.lengths.double().clamp(min=1)
+        return (1 - 1 / (self.lam_alpha * tokens_B)).clamp(min=0)
+
+    def ahead(self, lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return (advantages, returns) [N] of GAE with this lambda, one or [B]."""
+        batch = self.batch
+        return gae(
+            self.rewards,
+            batch.column("values"),
+            mask=batch.action_mask,
+            cu_seqlens=batch.cu_seqlens,
+            gamma=self.gamma,
+            lam=lam,
+            last_values=batch.last_values,
+        )
 
     def per_token(self, x_B: Tensor) -> Tensor:
         """Return [N]: the number of a completion at each of its unmasked tokens, 0 elsewhere."""
@@ -388,32 +436,26 @@ def _call(name: str, signals: Signals) -> tuple[Tensor, Tensor | None]:
 # ---- with a critic -------------------------------------------------------------------------------
 @_built_in("gae")
 def _gae(x: Signals) -> tuple[Tensor, Tensor]:
-    return x.shaped.advantages, x.shaped.returns
+    """Return the advantages of GAE, and for the critic the returns of another lambda where
+    `lam_critic` gives one (Yuan et al., 2025, VC-PPO: 1 for the critic, so that its own errors are
+    no part of its target, and .95 for the policy)."""
+    if x.lam_alpha is None and x.batch.last_values is None:
+        advantages_N, returns_N = x.shaped.advantages, x.shaped.returns
+    else:
+        advantages_N, returns_N = x.ahead(x.lam_of_length)
+    return advantages_N, returns_N if x.lam_critic is None else x.ahead(x.lam_critic)[1]
 
 
 @_built_in("learned_baseline")
 def _learned_baseline(x: Signals) -> tuple[Tensor, Tensor]:
     """G_t - V(s_t)."""
-    return gae(
-        x.rewards,
-        x.batch.column("values"),
-        mask=x.batch.action_mask,
-        cu_seqlens=x.batch.cu_seqlens,
-        gamma=x.gamma,
-        lam=1.0,
-    )
+    return x.ahead(1.0)
 
 
 @_built_in("td0")
 def _td0(x: Signals) -> tuple[Tensor, Tensor]:
     """r_t + gamma V(s_{t+1}) - V(s_t)."""
-    return td_advantages(
-        x.rewards,
-        x.batch.column("values"),
-        mask=x.batch.action_mask,
-        cu_seqlens=x.batch.cu_seqlens,
-        gamma=x.gamma,
-    )
+    return x.ahead(0.0)
 
 
 @_built_in("k_step")
@@ -425,6 +467,7 @@ def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
         mask=x.batch.action_mask,
         cu_seqlens=x.batch.cu_seqlens,
         gamma=x.gamma,
+        last_values=x.batch.last_values,
     )
 
 
@@ -553,6 +596,33 @@ def _gdpo(x: Signals) -> Tensor:
         sums_B += weight * _standardised(x, part_B)
     spread = sums_B.std() if len(sums_B) > 1 else 0.0
     return x.per_token((sums_B / (spread + GRPO_EPS)).to(x.totals.dtype))
+
+
+@_built_in("online_dpo")
+def _online_dpo(x: Signals) -> Tensor:
+    """Return what makes REINFORCE the gradient of DPO's loss on the policy's own samples (Guo et
+    al., 2024): for the completions of the highest and of the lowest score of a group
+
+        +- n (groups / pairs) beta sigmoid(-beta h)
+        h = (log pi - log ref)(best) - (log pi - log ref)(worst), sums over tokens, beta = kl_coef
+
+    and 0 for the others of the n. While the policy is the one that drew the samples, and with a
+    weight of 1 / completions for each token, the gradient is that of the mean over pairs of -log
+    sigmoid(beta h). A group whose scores are all the same is a tie and no pair. Of several best
+    completions the first counts, of several worst ones the last.
+    """
+    scores_B, ratio_B = x.shaped.score_per_sequence, x.shaped.kl_per_sequence.double()
+    order = torch.sort(scores_B, descending=True, stable=True).indices
+    order = order[torch.sort(x.group_ids[order], stable=True).indices]
+    _, sizes = torch.unique_consecutive(x.group_ids[order], return_counts=True)
+    ends = sizes.cumsum(0)
+    best, worst = order[ends - sizes], order[ends - 1]
+    paired = scores_B[best] > scores_B[worst]
+    beta, share = x.kl_coef, len(sizes) / paired.sum().clamp(min=1).double()
+    pull = sizes * share * beta * torch.sigmoid(-beta * (ratio_B[best] - ratio_B[worst]))
+    pull = torch.where(paired, pull, 0.0)
+    found_B = torch.zeros_like(ratio_B).index_add(0, best, pull).index_add(0, worst, -pull)
+    return x.per_token(found_B.to(x.totals.dtype))
 
 
 def _standardised(x: Signals, part_B: Tensor) -> Tensor:

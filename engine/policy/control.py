@@ -185,7 +185,11 @@ class Control:
         batch = batch.with_columns(scores=(batch.column("scores") - mean) / scale)
         if batch.token_rewards is not None:
             # the mean of the scores is subtracted from the last token's reward, not here
-            batch = batch.with_columns(token_rewards=batch.token_rewards / scale)
+            totals_B = batch.token_totals
+            batch = batch.with_columns(
+                token_rewards=batch.token_rewards / scale,
+                token_totals=None if totals_B is None else totals_B / scale,
+            )
         return (
             batch
             if batch.greedy_scores is None

@@ -28,6 +28,7 @@ from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.heads import (
     VALUE_HEAD_FILE,
     ValueHead,
+    last_values,
     load_reward_model,
     load_value_head,
     save_value_head,
@@ -66,21 +67,34 @@ class SeparateCritic(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return [N] float32: the value of the state before each token; 0 at the first slot of a
         sequence. Differentiable."""
-        hidden_NH = self.decoder(
+        return self._values(batch, self._hidden(batch))
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        found: Tensor = self.decoder(
             batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length
         )
+        return found
+
+    def _values(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         return torch.where(batch.positions > 0, batch.to_next(self.head(hidden_NH)), 0.0)
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch, partition: Sequence[Sequence[int]]) -> Tensor:
-        """Return [N] float32: `forward` without gradient, in the micro-batches given by
-        `partition`. Training reproduces the same bits if it splits the batch the same way."""
-        values_N = torch.zeros(batch.num_tokens, device=batch.device)
+    def score(self, batch: PackedBatch, partition: Sequence[Sequence[int]]) -> PackedBatch:
+        """Return the batch with the column values, `forward` without gradient, in the micro-batches
+        given by `partition`; with the column cut_off also last_values. Training reproduces the same
+        bits if it splits the batch the same way."""
+        columns = {"values": torch.zeros(batch.num_tokens, device=batch.device)}
+        if batch.cut_off is not None:
+            columns["last_values"] = torch.zeros(batch.num_sequences, device=batch.device)
         mine = deal(costs_of(batch.lengths, partition), self.ranks.size)[self.ranks.rank]
         for part in (partition[index] for index in mine):
-            values_N[batch.slots(part)] = self(batch.select(part))
-        self.ranks.sum("values", values_N)
-        return values_N
+            micro = batch.select(part)
+            hidden_NH = self._hidden(micro)
+            columns["values"][batch.slots(part)] = self._values(micro, hidden_NH)
+            if batch.cut_off is not None:
+                columns["last_values"][list(part)] = last_values(self.head, micro, hidden_NH)
+        self.ranks.sum("values", *columns.values())
+        return batch.with_columns(**columns)
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> None:
         """Write config, weights, tokenizer and the value head to a directory. `load_critic` reads

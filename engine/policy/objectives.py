@@ -1,7 +1,8 @@
 """The losses that an update minimises, by name: the kernels' objectives with the engine's bounds,
 and those that users register; together with KL, entropy and value loss.
 
-    loss = sum_t w_t (correction_t policy term_t + kl_coef kl_t - entropy_coef H_t) + value_coef
+    loss = sum_t w_t (correction_t policy term_t + kl_coef kl_t - entropy_coef H_t
+                      + kl_cov_coef held_t |logp_t - old_logp_t|) + value_coef
         sum_t w_t value term_t
 
 correction_t makes up for differences between sampler and trainer (CorrectionConfig); it is 1
@@ -258,7 +259,8 @@ def without_gradient(config: PolicyConfig, batch: PackedBatch) -> set[int]:
     shared_critic = batch.returns is not None and config.own_critic is None
     moved_N = batch.trained_mask
     if batch.advantages is not None and not shared_critic and leaves_out(config):
-        moved_N = moved_N & (batch.advantages != 0)
+        moving_N = batch.advantages != 0
+        moved_N = moved_N & (moving_N if batch.held is None else moving_N | batch.held)
     elif batch.loss_mask is None:
         return set()
     moved_B = batch.counts_before(moved_N)[batch.cu_seqlens.long()].diff()
@@ -330,6 +332,7 @@ def two_steps(
             objective, PolicyObjective
         ),
         "kl.through_ratio is a function of log-probabilities": config.kl.through_ratio,
+        "loss.kl_cov_ratio is a function of log-probabilities": config.loss.kl_cov_ratio > 0,
         "truncated rollouts are scored over the tokens they were drawn from": (
             config.generation.truncates
         ),
@@ -521,6 +524,9 @@ def objective_loss(
         terms_N.append(_registered(config, objective, batch, logp_N))
     if full_kl_N is not None:
         terms_N.append(kl_coef * full_kl_N)
+    if batch.held is not None:
+        apart_N = (logp_N - old_N).abs()
+        terms_N.append(config.loss.kl_cov_coef * torch.where(batch.held, apart_N, 0.0))
     if kl.placement == "loss" and kl_coef > 0 and kl.through_ratio:
         terms_N.append(
             kl_coef

@@ -1,5 +1,5 @@
-"""Losses of preference pairs: DPO and its relatives, in a table. The functions take
-log-probabilities; none of them needs a model.
+"""Losses of preference pairs: DPO and its relatives, in a table; and KTO's, of single answers. The
+functions take log-probabilities; none of them needs a model.
 
     h = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l))
     u = beta h - margin; for the pair with its answers swapped, -beta h - margin
@@ -28,13 +28,17 @@ Suppose labels p = sigmoid(r_w - r_l) for all pairs, with equal weights. Then th
 is the policy ref exp(r / beta) / Z, which also maximises the KL-regularised reward; the minimum of
 ipo is ref exp(mean_l p(w, l) / beta) / Z. A tie, p = 1/2, draws h to 0 (hinge: to within 1 / beta).
 
+kto_loss  r = log pi(y) - log ref(y), z = max(0, mean of r over mismatched prompts and answers)
+          wanted: desirable_weight (1 - sigmoid(beta (r - z)))
+          unwanted: undesirable_weight (1 - sigmoid(beta (z - r)))
+
 Sources   sigmoid: Rafailov et al. (2023), eq. 7; smoothed: Mitchell (2023), "A note on DPO with
           noisy preferences"; robust: Chowdhury et al. (2024); ipo: Azar et al. (2023), eq. 17, with
           sums over tokens; ipo_mean: TRL's ipo, which divides by lengths; hinge: RSO (Liu et
           al., 2023), after SLiC (Zhao et al., 2023), which has no reference; margins: ODPO (Amini
           et al., 2024); the likelihood term, a mean over an answer's tokens: Pang et al. (2024).
           simpo: Meng et al. (2024), eq. 6, whose gamma is the margin; orpo: Hong et al. (2024),
-          eqs. 6 and 7, whose lambda is beta.
+          eqs. 6 and 7, whose lambda is beta. kto_loss: Ethayarajh et al. (2024), eqs. 7 and 8.
 """
 
 from __future__ import annotations
@@ -210,3 +214,43 @@ def pair_loss(
         -scores.rejected_logp / scores.rejected_tokens,
     )
     return loss_P + nll_coef * (label_P * chosen_P + (1 - label_P) * rejected_P)
+
+
+# ---- single answers ------------------------------------------------------------------------------
+def answer_sums(batch: PackedBatch, logp_N: Tensor, *, ratios: bool) -> Tensor:
+    """Return [B] float64: of each sequence the sum over its actions of logp, or with `ratios` of
+    logp - ref_logp. Differentiable in logp_N. Ratios are exactly 0 where the two agree bit for bit.
+    """
+    x_N = logp_N - batch.column("ref_logp") if ratios else logp_N
+    return torch.segment_reduce(
+        torch.where(batch.action_mask, x_N, 0).double(),
+        "sum",
+        lengths=torch.tensor(batch.lengths, device=logp_N.device),
+        unsafe=True,
+        initial=0.0,
+    )
+
+
+def kto_loss(
+    ratio_B: Tensor,
+    wanted_B: Tensor,
+    z: float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Return the losses [B] of single answers, differentiable in ratio_B. The formula is at the top
+    of this file.
+
+    Args:
+        ratio_B: log pi - log ref of each answer, summed over its tokens, in nats.
+        wanted_B: bool, which answers are wanted.
+        z: estimate of KL(pi || ref) in nats per answer, at least 0. It has no gradient.
+    """
+    u_B = beta * (ratio_B - z)
+    return torch.where(
+        wanted_B,
+        desirable_weight * torch.sigmoid(-u_B),  # 1 - sigmoid(u) = sigmoid(-u)
+        undesirable_weight * torch.sigmoid(u_B),
+    )

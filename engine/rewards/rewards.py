@@ -409,9 +409,11 @@ def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end
     return min(len(ids) - 1, bisect_left(range(1, len(ids) + 1), length(0) + end, key=length))
 
 
-def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) -> torch.Tensor:
-    """Return [N] float32: the rewards of tokens, with their sum subtracted at the last action of
-    each sequence.
+def moved_rewards(
+    batch: PackedBatch, tokens: Sequence[Sequence[float] | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [N] float32, the rewards of tokens with their sum subtracted at the last action of
+    each sequence, and [B] float32, that sum.
 
     The score at the last action already contains that sum. Added to it, this column (shaped_gae's
     token_rewards) moves the rewards to the tokens where they accrued. The return of the whole
@@ -422,17 +424,19 @@ def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) 
         batch.action_mask.cpu(),
         0,
     )
-    for length, rewards in zip(batch.lengths, tokens, strict=True):
+    totals = torch.zeros(batch.num_sequences, dtype=torch.float64)
+    for b, (length, rewards) in enumerate(zip(batch.lengths, tokens, strict=True)):
         if rewards is not None:
             own = torch.zeros(length, dtype=torch.float64)
             own[length - len(rewards) :] = torch.tensor(rewards, dtype=torch.float64)
             acted = mask[start : start + length].nonzero()
             if len(acted):
                 own[~mask[start : start + length]] = 0.0
-                own[acted[-1]] -= own.sum()
+                totals[b] = own.sum()
+                own[acted[-1]] -= totals[b]
                 moved[start : start + length] = own
         start += length
-    return moved.float().to(batch.device)
+    return moved.float().to(batch.device), totals.float().to(batch.device)
 
 
 # ---- one reward ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ Source    experience replay with importance weights: Lin (1992); Wang et al. (20
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ class ReplayBuffer:
     def add(self, batch: PackedBatch, step: int) -> None:
         """Add a step's completions, with all columns that an update reads. The oldest completions
         beyond the capacity are dropped."""
-        self._held.append((step, replace(batch, weights=None, old_entropy=None).to("cpu")))
+        unread = dict.fromkeys(("weights", "old_entropy", "token_totals", "cut_off", "last_values"))
+        self._held.append((step, batch.with_columns(**unread).to("cpu")))
         while (surplus := len(self) - self.config.capacity) > 0:
             written, oldest = self._held.pop(0)
             if oldest.num_sequences > surplus:

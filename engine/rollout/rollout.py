@@ -106,12 +106,15 @@ class Rollout:
             )
         ]
 
+    def cut_off(self) -> Tensor:
+        """Return [B] bool: the completions that a limit of length ended."""
+        cut_B = torch.tensor([one.finish_reason != "stop" for one in self.completions])
+        return cut_B.to(self.batch.device)
+
     def whole(self) -> Tensor:
         """Return [N] bool: the actions of completions that were not cut off."""
-        lengths = torch.tensor(self.batch.lengths)
-        ended_B = torch.tensor([one.finish_reason == "stop" for one in self.completions])
-        ended_N = torch.repeat_interleave(ended_B, lengths)
-        return self.batch.action_mask & ended_N.to(self.batch.device)
+        lengths = torch.tensor(self.batch.lengths, device=self.batch.device)
+        return self.batch.action_mask & ~torch.repeat_interleave(self.cut_off(), lengths)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the length and the score of every completion, for histograms."""
@@ -257,7 +260,8 @@ def rollout(
         reward_parts=torch.tensor([s.parts for s in kept], dtype=torch.float32).to(batch.device),
     )
     if any(s.tokens is not None for s in kept):
-        batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))
+        moved, token_totals = moved_rewards(batch, [s.tokens for s in kept])
+        batch = batch.with_columns(token_rewards=moved, token_totals=token_totals)
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
     metrics = _describe(samples, config, greedy) | _gold(gold, samples, config) | remote

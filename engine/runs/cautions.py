@@ -59,7 +59,9 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     if not isinstance(config, PolicyConfig):
         return found
     if config.mask_truncated_completions:
-        found.append(_all_left_out(config.generation.max_new_tokens))
+        found.append(_all_cut_off(config, "mask_truncated_completions leaves them out"))
+    if config.loss.bootstrap_truncated:
+        found.append(_all_cut_off(config, "loss.bootstrap_truncated drops their scores"))
     found += [
         Bounds(
             "val/explained_variance",
@@ -99,13 +101,12 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     return found
 
 
-def _all_left_out(max_new_tokens: int) -> Bounds:
+def _all_cut_off(config: PolicyConfig, why: str) -> Bounds:
     return Bounds(
         "completions/clipped_ratio",
         1,
-        "all completions are cut off, and mask_truncated_completions leaves them out, so that "
-        f"nothing is trained; raise generation.max_new_tokens = {max_new_tokens}, or leave that "
-        "option out",
+        f"all completions are cut off, and {why}, so that nothing is learned of the rewards; raise "
+        f"generation.max_new_tokens = {config.generation.max_new_tokens}, or leave that option out",
         high=1 - 1e-9,
     )
 

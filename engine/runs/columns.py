@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from fusedrl.engine.config import DPOConfig, RejectionConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import (
+    DPOConfig,
+    KTOConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from fusedrl.engine.config.base import StageConfig
 
 
@@ -91,6 +97,16 @@ _STAGES: dict[type[StageConfig], tuple[Column, ...]] = {
         Column("rewards/chosen", "chosen", "beta x nats"),
         Column("rewards/rejected", "rejected", "beta x nats"),
         Column("drift/chosen", "drift", "nats/token"),
+        *_UPDATE,
+    ),
+    KTOConfig: (
+        Column("loss", "loss", "per answer"),
+        _percent("rewards/accuracies", "accuracy"),
+        Column("rewards/margins", "margin", "beta x nats"),
+        _KL,
+        *_SPEED,
+        Column("rewards/chosen", "wanted", "beta x nats"),
+        Column("rewards/rejected", "unwanted", "beta x nats"),
         *_UPDATE,
     ),
     RejectionConfig: (

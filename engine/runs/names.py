@@ -18,7 +18,8 @@ _NAMES = """
     correction/ess correction/fraction correction/max correction/mean
     correction/off_policy_fraction critic/below_epsilon critic/grad_norm critic/learning_rate
     divergence drift/chosen entropy entropy_coef eval_accuracy eval_accuracy_high
-    eval_accuracy_low eval_brier eval_completions/clipped_ratio eval_completions/loop_fraction
+    eval_accuracy_low eval_answers eval_brier eval_completions/clipped_ratio
+    eval_completions/loop_fraction
     eval_completions/mean_length eval_completions/repeated_trigrams eval_ece eval_examples
     eval_gold/*/mean eval_kl eval_length_correlation eval_loss eval_margin eval_pairs
     eval_pass@* eval_perplexity eval_perplexity_ref eval_reward eval_rewards/*/mean

@@ -82,6 +82,7 @@ def stage_name(saved: Mapping[str, Any]) -> str | None:
         "SFTConfig": "sft",
         "RewardModelConfig": "reward",
         "DPOConfig": "dpo",
+        "KTOConfig": "kto",
         "RejectionConfig": "rejection",
         "PolicyConfig": config.get("algorithm", "ppo"),
         "PPOConfig": config.get("algorithm", "ppo"),

@@ -5,7 +5,8 @@ Read `train_policy` from top to bottom. These rules hold for all algorithms (sou
   1. Advantages are functions (policy/advantages.py) of the scores; of the KL to a frozen reference,
      if the KL is in the reward (-coef k1 at every token); and of values, if there is a critic. A
      linear head on the policy's own trunk gives the value at the position before each token; the
-     value after the end is 0. With `critic.model`, another model gives the values
+     value after the end is 0, or with loss.bootstrap_truncated the critic's own where a completion
+     was cut off. With `critic.model`, another model gives the values
      (policy/critic.py) and is trained on the same minibatches, before the policy. Either critic's
      values start at the first rollout's mean return, and methods without a baseline subtract the
      running mean of returns, so a constant added to the reward does not change training.
@@ -138,6 +139,8 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
             batch = experience.batch
             if config.mask_truncated_completions:
                 batch = batch.with_columns(loss_mask=experience.whole())
+            if config.loss.bootstrap_truncated:
+                batch = batch.with_columns(cut_off=experience.cut_off())
             batch, totals, cuts = _judged(config, parts, batch, step, run)
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
                 found = _trained(config, parts, batch, cuts, step, ptx, meter := Meter())
@@ -343,7 +346,7 @@ def _scored(
     )
     if parts.own_critic is not None:
         partition = [group for minibatch in cuts for group in minibatch]
-        batch = batch.with_columns(values=parts.own_critic.score(batch, partition))
+        batch = parts.own_critic.score(batch, partition)
     return batch, cuts
 
 
@@ -435,9 +438,10 @@ def score(
     stay empty."""
     partition = [group for minibatch in cuts for group in minibatch]
     if actor is not None:
-        ours = actor.score(batch, temperature=temperature, partition=partition)
+        ours, last_B = actor.score_with_ends(batch, temperature, partition=partition)
         batch = batch.with_columns(old_logp=ours.logp, old_entropy=ours.entropy)
-        batch = batch if ours.values is None else batch.with_columns(values=ours.values)
+        if ours.values is not None:
+            batch = batch.with_columns(values=ours.values, last_values=last_B)
     if reference is not None:
         # The reference is scored over all tokens. If it were truncated to the kept tokens, too, a
         # policy that narrows to tokens the reference never gives would have no KL to it.

@@ -33,6 +33,7 @@ _TITLES = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling",
     "dpo": "direct preference optimisation",
+    "kto": "Kahneman-Tversky optimisation",
     "rejection": "rejection-sampling fine-tuning",
 }
 

@@ -32,6 +32,7 @@ from fusedrl.engine.data.readers import (
     RankedExample,
     ReadOptions,
     Source,
+    UnpairedExample,
     described,
     nothing_usable,
     read_source,
@@ -39,8 +40,10 @@ from fusedrl.engine.data.readers import (
 from fusedrl.engine.data.rows import kind_of
 from fusedrl.engine.data.tokenize import (
     count_tokens,
+    encode_completion,
     encode_demonstrations,
     encode_dialogues,
+    encode_prompt,
     encode_prompts,
     end_of_text,
     no_tokenizer,
@@ -53,6 +56,7 @@ STAGES: dict[type, tuple[str, ...]] = {
     Dialogue: ("sft with every_turn",),
     PairExample: ("reward", "dpo"),
     RankedExample: ("reward",),
+    UnpairedExample: ("kto",),
     PromptExample: ("rejection", *ALGORITHMS),
 }  # the stages that read each kind of record
 FILES = {
@@ -336,6 +340,9 @@ def _answers(one: Any) -> list[tuple[str, str, str]]:
     if isinstance(one, RankedExample):
         ranked = zip(one.completions, one.ranks, strict=True)
         return [(f"rank {rank}", text, "ranked") for text, rank in ranked]
+    if isinstance(one, UnpairedExample):
+        name, role = ("wanted", "chosen") if one.label else ("unwanted", "rejected")
+        return [(name, one.completion, role)]
     return []
 
 
@@ -356,6 +363,14 @@ def _of_tokens(found: Found, model: Model) -> Iterator[_Record]:
         for ids, actions in encode_dialogues(tokenizer, found.items, end, NO_LIMIT)[0]:
             runs = _runs(ids, actions)
             yield _token_record(tokenizer, {"trained": sum(actions)}, [("dialogue", runs)])
+    elif found.kind is UnpairedExample:
+        for one in found.items:
+            prompt = encode_prompt(tokenizer, one.prompt, one.tools)
+            ids = encode_completion(tokenizer, one.completion, end, first=not one.prompt)
+            ((name, _, role),) = _answers(one)
+            parts = {"prompt": len(prompt), name: len(ids)}
+            lines = [(name, [(prompt, "prompt"), (ids, role)])]
+            yield _token_record(tokenizer, parts, lines)
     else:
         for example, comparison in encode_preferences(tokenizer, found.items, end, NO_LIMIT)[0]:
             yield _compared(tokenizer, example, comparison)

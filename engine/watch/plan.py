@@ -43,7 +43,13 @@ import torch
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.memory import format_bytes
-from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig
+from fusedrl.engine.config import (
+    DPOConfig,
+    KTOConfig,
+    PolicyConfig,
+    RejectionConfig,
+    RewardModelConfig,
+)
 from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
 from fusedrl.engine.data.readers import ReadOptions, load_prompts, parse_data
 from fusedrl.engine.data.rows import may_be_read
@@ -279,7 +285,7 @@ class Planner:
             add_adapter(self._decoder, self._lora)
         self._imitates = isinstance(config, RewardModelConfig) and config.imitation_coef > 0
         # whether log-probabilities are computed in a step of their own, before the loss
-        self._apart = self._imitates or isinstance(config, DPOConfig)
+        self._apart = self._imitates or isinstance(config, DPOConfig | KTOConfig)
         if isinstance(config, PolicyConfig) and not (config.strict or config.generation.truncates):
             objective = make_objective(config, config.penalty.coef)
             self._apart = two_steps(config, objective, strict=False, scored=True) is not None
@@ -358,7 +364,7 @@ class Planner:
         config = self.config
         kind = (
             config.reference_kind
-            if isinstance(config, DPOConfig | PolicyConfig) and config.needs_reference
+            if isinstance(config, DPOConfig | KTOConfig | PolicyConfig) and config.needs_reference
             else "adapter_off"
         )
         other = getattr(config, "reference_model", None)

@@ -30,6 +30,7 @@ STAGES = {
     "SFTConfig": "supervised fine-tuning",
     "RewardModelConfig": "a reward model",
     "DPOConfig": "direct preference optimisation",
+    "KTOConfig": "Kahneman-Tversky optimisation",
     "RejectionConfig": "rejection sampling",
 }
 

@@ -6,6 +6,7 @@ k-step advantages, temporal differences and discounted returns.
     A_t^k   = sum_{i < k} gamma^i delta_{t+i}: k rewards, then gamma^k V_{t+k}, less V_t
             (k_step_advantages; lam = 0 is k = 1, lam = 1 every k >= n)
     With n steps left GAE = (1 - lam) sum_{k < n} lam^(k-1) A^k + lam^(n-1) A^n.
+    lam     one number, or one of each sequence (gae alone)
     r_t     = token_rewards_t - kl_coef KL_t, plus the clipped score at the last unmasked token
             (shaped_gae)
 
@@ -122,9 +123,10 @@ def _check_layout(
     cu_seqlens: Tensor | None,
     per_sequence: dict[str, Tensor | None],
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
 ) -> None:
-    """Check the sizes and coefficients of gae and shaped_gae that patterns cannot express."""
+    """Check the sizes and coefficients of gae and shaped_gae that patterns cannot express. Numbers
+    of a tensor are not read."""
     if cu_seqlens is None and first.ndim != 2:
         raise ValueError(
             f"{op}: expected {name} [B, T], or [N] together with cu_seqlens [B + 1], got "
@@ -147,7 +149,7 @@ def _check_layout(
             "single 0"
         )
     for other, value in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= value <= 1.0:
+        if not isinstance(value, Tensor) and not 0.0 <= value <= 1.0:
             raise ValueError(f"{op}: expected {other} within [0, 1], got {value}")
 
 
@@ -158,7 +160,7 @@ def gae(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
     last_values: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -172,7 +174,9 @@ def gae(
             outputs of 0. If None, no token is masked.
         cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; not checked on a
             GPU).
-        gamma, lam: discount and lambda, within [0, 1].
+        gamma, lam: discount and lambda, within [0, 1]. `lam` may be a float tensor [B], a lambda of
+            each sequence, whose numbers are not checked; only "torch" computes that, on every
+            device.
         last_values: [B] value of the state after each sequence's last token, for truncated
             episodes. If None, these values are 0.
         impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
@@ -184,6 +188,13 @@ def gae(
         TypeError: a dtype is not supported.
         RuntimeError: `impl` cannot run on this machine.
     """
+    if isinstance(lam, Tensor):
+        if impl not in (None, "torch"):
+            raise ValueError(
+                f"gae: expected impl 'torch' with a lam of each sequence, got {impl!r}; leave impl "
+                "out"
+            )
+        impl, lam = "torch", lam.detach()
     rewards, values, last_values, chosen_impl = _prepare_gae(
         "gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl
     )
@@ -203,14 +214,16 @@ def _prepare_gae(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
     last_values: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """Run the checks shared by gae, td_advantages and k_step_advantages. Return (rewards, values,
     last_values, implementation)."""
     tokens = "N" if cu_seqlens is not None else "B T"
-    _check_layout(op, "rewards", rewards, cu_seqlens, {"last_values": last_values}, gamma, lam)
+    lam_B = lam if isinstance(lam, Tensor) else None
+    per_sequence = {"last_values": last_values, "lam": lam_B}
+    _check_layout(op, "rewards", rewards, cu_seqlens, per_sequence, gamma, lam)
     check(
         op,
         {
@@ -219,9 +232,11 @@ def _prepare_gae(
             "mask": (mask, tokens),
             "cu_seqlens": (cu_seqlens, "B+1"),
             "last_values": (last_values, "B"),
+            "lam": (lam_B, "B"),
         },
     )
     check_dtype(op, "mask", mask, (torch.bool,))
+    check_dtype(op, "lam", lam_B, FLOATS)
     chosen_impl = table.choose(rewards.device, impl)
     rewards, values, last_values = _prepare(
         op, chosen_impl, {"rewards": rewards, "values": values, "last_values": last_values}

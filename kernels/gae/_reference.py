@@ -85,11 +85,12 @@ def _advantages(
     rewards_N: Tensor,
     values_N: Tensor,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
     last_values_B: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns) in the rewards' dtype, each rounded only once. Float32 sums over
-    thousands of tokens would have a larger error."""
+    thousands of tokens would have a larger error. `lam` is one number, or one of each sequence."""
+    lam = lam.double()[layout.sequence_N] if isinstance(lam, Tensor) else lam
     dtype, values_N = rewards_N.dtype, values_N.double()
     delta = _deltas(layout, live_N, rewards_N.double(), values_N, gamma, last_values_B.double())
     decay = torch.where(live_N, gamma * lam, torch.ones_like(delta))
@@ -103,7 +104,7 @@ def gae_reference(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
     last_values: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute gae by its definition, as a scan by doubling, on any device and in any float dtype.

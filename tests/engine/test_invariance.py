@@ -16,6 +16,7 @@ from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.advantages import Signals, estimate
+from fusedrl.engine.policy.chosen import of_chosen_tokens
 from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.kernels.runtime.dispatch import use_impl
 
@@ -26,6 +27,10 @@ KLS = {
     "sequence": KLConfig(coef=0.3, level="sequence"),
     "full": KLConfig(coef=0.3, level="future", estimator="full"),
 }
+LOSSES = {
+    "lambdas": dict(lam_critic=1.0, lam_alpha=0.4, bootstrap_truncated=True),
+    "held": dict(kl_cov_ratio=0.3, kl_cov_coef=2.0),
+}
 GROUPS = [7, 7, 7, 3, 3, 9, 9, 5, 5, 5, 5, 2, 2]
 SPLITS = (
     [[b] for b in range(13)],
@@ -35,7 +40,7 @@ SPLITS = (
 NAMES = ("old_logp", "ref_logp", "values", "logp", "entropy", "now", "full")
 
 
-def problem(device, dtype, seed=0):
+def problem(device, dtype, seed=0, bootstrap=False):
     """A rollout of lengths 1 to 7 with holes in the masks, NaN there, and what policy and critic
     say of its tokens now."""
     rng = torch.Generator().manual_seed(seed)
@@ -62,6 +67,8 @@ def problem(device, dtype, seed=0):
     batch = replace(batch, action_mask=mask).with_columns(
         scores=scores,
         greedy_scores=greedy[(groups[:, None] == groups).double().argmax(1)],
+        cut_off=groups == 5 if bootstrap else None,
+        last_values=torch.where(groups == 5, scores, 0) if bootstrap else None,
         group_ids=groups,
         **{name: columns[name] for name in NAMES[:3]},
     )
@@ -70,14 +77,14 @@ def problem(device, dtype, seed=0):
 
 
 def config_of(algorithm, kl):
-    chosen = KLS[kl] or KLConfig()
+    chosen = KLS.get(kl) or KLConfig()
     return PolicyConfig(
         "m",
         "d",
         ("r.py:f",),
         algorithm,
         kl=chosen,
-        loss=LossConfig(entropy_coef=0.02),
+        loss=LossConfig(entropy_coef=0.02, **LOSSES.get(kl, {})),
         generation=GenerationConfig(max_new_tokens=8),
     )
 
@@ -85,6 +92,7 @@ def config_of(algorithm, kl):
 def prepared(config, batch):
     """With advantages, returns and weights, of the whole."""
     batch = estimate(config, Signals.of(config, batch, config.kl.coef, 0.2))
+    batch = of_chosen_tokens(config, batch, 0) if config.loss.chooses_tokens else batch
     weights = minibatch_weights(config, batch).to(batch.column("advantages").dtype)
     return batch.with_columns(weights=weights)
 
@@ -119,6 +127,7 @@ def apart(found, right):
 CASES = [(name, "row") for name in ALGORITHMS] + [
     (name, kl) for name in ("rloo", "ppo", "gspo") for kl in KLS if kl != "row"
 ]
+CASES += [("ppo", "lambdas"), ("grpo", "held")]
 
 
 @pytest.mark.parametrize("algorithm, kl", CASES)
@@ -127,7 +136,7 @@ def test_any_split_gives_the_same_gradient(algorithm, kl, device):
     config = config_of(algorithm, kl)
     for dtype, impl, tolerance in ((torch.float64, "torch", 1e-12), (torch.float32, None, 1e-5)):
         with use_impl(impl) if impl else torch.enable_grad():
-            batch, now = problem(device, dtype)
+            batch, now = problem(device, dtype, bootstrap=kl == "lambdas")
             batch = prepared(config, batch)
             whole = gradient(config, batch, now, [list(range(len(GROUPS)))])
             assert whole.isfinite().all()

@@ -40,6 +40,7 @@ SMALL = {
     "sft": [],
     "reward": [],
     "dpo": [],
+    "kto": [],
     "report": [],
     "watch": [],
     "rejection": ["--steps", "1", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
@@ -84,6 +85,7 @@ def folder(tmp_path, tiny_model, monkeypatch):
     files = {
         "demonstrations.jsonl": {"prompt": "WORD", "completion": " w2 w3"},
         "pairs.jsonl": {"prompt": "WORD", "chosen": " w2 w3", "rejected": " w4"},
+        "labelled.jsonl": {"prompt": "WORD", "completion": " w2", "label": True},
         "prompts.jsonl": {"prompt": "WORD"},
         "train.jsonl": {"question": "WORD", "answer": "w1 w2\n#### 5"},
     }

@@ -88,6 +88,7 @@ ROWS = (
     "gmpo",
     "pass_at_k",
     "gdpo",
+    "online_dpo",
     "dro",
     "sequence_ratio",
 )
@@ -115,11 +116,18 @@ POLICY_OPTIONS = {
     "kl_in_loss": ["--kl.placement", "loss", "--kl.coef", "0.1"],
     "kl_target": ["--kl.coef", "0.1", "--kl.target", "2"],
     "normalized": ["--normalize_scores", "true"],
+    "lambdas": [
+        *("--loss.lam_critic", "1", "--loss.lam_alpha", "0.4"),
+        *("--loss.bootstrap_truncated", "true"),
+        *("--generation.stop_token_ids", "[9, 12, 15, 18, 21, 24]"),  # some completions end
+    ],
+    "held": ["--loss.kl_cov_ratio", "0.1", "--minibatches", "2"],
     "chosen": [
         *("--loss.top_entropy_quantile", "0.5"),
         *("--loss.clip_cov_ratio", "0.1", "--loss.clip_cov_low", "-5"),
     ],
 }
+OF_CRITICS = ("critic", "lambdas")  # what a row of groups refuses
 CLOCKED = ("timing/", "mem/", "tokens_per_s")  # metrics of the machine rather than of the run
 REWARDS = """
 def likes_w3(prompts, completions, begins_at=None, **columns):
@@ -146,12 +154,16 @@ def cases() -> dict[str, list[str]]:
     found |= {
         f"dpo {name}": ["train", "dpo", *PAIRS, *SFT_OPTIONS[name]] for name in ("lora", "bfloat16")
     }
+    answers = ["train", "kto", *PAIRS]
+    answers[answers.index("--pairs_per_step")] = "--answers_per_step"
+    found["kto"] = answers
+    found |= {f"kto {name}": [*answers, *SFT_OPTIONS[name]] for name in ("lora", "bfloat16")}
     sampled = [*POLICY, "--samples_per_prompt", "4"]
     found["rejection"] = ["train", "rejection", *sampled]
     found |= {row: ["train", row, *POLICY] for row in ROWS}
     for row in ("ppo", "grpo"):
         for name, options in POLICY_OPTIONS.items():
-            if not (row == "grpo" and name == "critic"):
+            if not (row == "grpo" and name in OF_CRITICS):
                 found[f"{row} {name}"] = ["train", row, *POLICY, *options]
     return found
 

@@ -32,6 +32,7 @@ MANY = {
     "sft": ["--sequences_per_step", "24", "--tokens_per_microbatch", "12"],
     "reward": ["--pairs_per_step", "24", "--tokens_per_microbatch", "20"],
     "dpo": ["--pairs_per_step", "24", "--tokens_per_microbatch", "20"],
+    "kto": ["--answers_per_step", "24", "--tokens_per_microbatch", "20"],
     "": ["--prompts_per_step", "12", "--tokens_per_microbatch", "12"],
 }
 

@@ -164,7 +164,7 @@ def test_near_names():
     assert (
         nearest_names("eps", {"steps": 0})
         == nearest_names("seed", {"deepspeed": 0})
-        == nearest_names("kto", STAGES)
+        == nearest_names("xyz", STAGES)
         == []
     )
     for cls, *_ in STAGES.values():
@@ -284,7 +284,7 @@ def test_files_of_options_that_are_wrong(tmp_path, capsys, content, message):
         (["train", "--model", "m"], "expected a stage before the options, got '--model'"),
         (["train", "rm"], "unknown stage 'rm', which is reward here"),
         (["train", "PPO"], "did you mean ppo?"),
-        (["train", "kto"], "unknown stage 'kto'; expected"),
+        (["train", "nash"], "unknown stage 'nash'; expected"),
         (["train", "sft"], "expected --model and --data, which cannot be left out"),
         (["generate", "--model", "m"], "one of the arguments --prompt --data is required; fusedrl"),
         (

@@ -175,6 +175,17 @@ def test_pairs_and_ranked_lists(capsys, tiny_model, write_jsonl):
     assert found["records"] == "pairs"
     (found,) = as_json(capsys, pairs, "--stage", "reward")
     assert found["records"] == "pairs"
+    (found,) = as_json(capsys, pairs, "--model", tiny_model, "--stage", "kto")
+    assert found["records"] == "pairs"
+
+
+def test_labelled_answers(capsys, tiny_model, write_jsonl):
+    rows = [{"prompt": "w1", "completion": f"w{i}", "label": i == 2} for i in (2, 3)]
+    data = write_jsonl("l.jsonl", rows)
+    for options in ((), ("--model", tiny_model)):
+        (found,) = as_json(capsys, data, "--stage", "kto", *options)
+        assert (found["records"], found["used"]) == ("labelled answers", 2)
+        assert [line["name"] for one in found["examples"] for line in one] == ["wanted", "unwanted"]
 
 
 def test_prompts_leave_room_for_completions(capsys, tiny_model, write_jsonl):

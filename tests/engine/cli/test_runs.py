@@ -244,7 +244,7 @@ def test_looking_takes_no_lock(tmp_path):
 
 
 # ---- help ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "rejection", "ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "rejection", "ppo", "grpo"])
 def test_help_is_a_screen_and_help_all_has_every_option(stage, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["train", stage, "--help"]) == 0
@@ -261,7 +261,7 @@ def test_help_is_a_screen_and_help_all_has_every_option(stage, capsys, monkeypat
 
 
 def test_the_examples_of_help_parse():
-    for stage in ("sft", "reward", "dpo", "rejection", "ppo", "grpo"):
+    for stage in ("sft", "reward", "dpo", "kto", "rejection", "ppo", "grpo"):
         from fusedrl.engine.cli.help import example
 
         words = shlex.split(example(stage, STAGES[stage][0]))

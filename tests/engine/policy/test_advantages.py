@@ -58,6 +58,18 @@ def rollout(device, groups, seed=0, lengths=None) -> PackedBatch:
     )
 
 
+def pair_advantages(beta, scores, ratios, members) -> dict[int, float]:
+    """DPO's pull on the best and the worst completion of each group that is no tie."""
+    found, groups = {}, {tuple(m) for m in members.values()}
+    pairs = [(max(m, key=scores.__getitem__), min(m, key=scores.__getitem__), m) for m in groups]
+    pairs = [(w, l, m) for w, l, m in pairs if scores[w] > scores[l]]
+    for w, l, m in pairs:
+        chance = 1 / (1 + math.exp(beta * (ratios[w] - ratios[l])))
+        found[w] = len(m) * len(groups) / len(pairs) * beta * chance
+        found[l] = -found[w]
+    return found
+
+
 def definition(
     name: str, batch: PackedBatch, kl_coef: float
 ) -> tuple[list[list[float]], list[list[float]]]:
@@ -75,6 +87,9 @@ def definition(
     totals = [sum(row) for row in rewards]
     members = {g: [i for i, h in enumerate(groups) if h == g] for g in groups}
     degenerate = {g for g, m in members.items() if len({totals[i] for i in m}) == 1}
+    of_pairs = pair_advantages(
+        kl_coef, scores, [sum(old[t] - ref[t] for t in row) for row in rows], members
+    )
     out, returns = [], []
     for i, row in enumerate(rows):
         r, v, n = rewards[i], [value[t] for t in row] + [0.0], len(row)
@@ -100,6 +115,7 @@ def definition(
             * len(rows)
             / max(1, sum(g not in degenerate for g in groups)),
             "pass_at_k": best - rest[0] if rest and totals[i] == best else 0.0,
+            "online_dpo": of_pairs.get(i, 0.0),
             "gdpo": standardised([totals[j] for j in m])[m.index(i)]
             / (deviation(of_step) + GRPO_EPS),
         }

@@ -1,5 +1,5 @@
 """Tokens that the loss leaves out: of completions that were cut off, of low entropy, and of high
-covariance."""
+covariance; and tokens of high covariance that the loss holds."""
 
 import json
 import math
@@ -21,7 +21,12 @@ from fusedrl.engine.config import (
 )
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.policy.chosen import of_chosen_tokens
-from fusedrl.engine.policy.objectives import minibatch_weights, without_gradient
+from fusedrl.engine.policy.objectives import (
+    make_objective,
+    minibatch_weights,
+    objective_loss,
+    without_gradient,
+)
 from fusedrl.engine.stages.policy import train_policy
 
 LENGTHS = [130, 1, 7, 1000, 40, 0, 333]
@@ -90,11 +95,68 @@ def test_tokens_of_a_covariance_are_drawn(batch):
     assert seen[0] == seen[1] != seen[2]
 
 
+@pytest.mark.parametrize("ratio", [1e-9, 0.01, 0.4])
+def test_the_highest_covariances_are_held(batch, ratio):
+    """Against the definition by loops; what is no action is never held, whatever NaN is there."""
+    live = batch.action_mask.nonzero().flatten().tolist()
+    logp, advantages = batch.old_logp.double().tolist(), batch.advantages.double().tolist()
+    mean_logp, mean_a = (sum(x[t] for t in live) / len(live) for x in (logp, advantages))
+    order = sorted(live, key=lambda t: -(logp[t] - mean_logp) * (advantages[t] - mean_a))
+    found = of_chosen_tokens(config(loss=LossConfig(kl_cov_ratio=ratio)), batch, 0)
+    assert set(found.held.nonzero().flatten().tolist()) == set(
+        order[: max(1, int(ratio * len(live)))]
+    )
+    assert torch.equal(found.advantages[batch.action_mask], batch.advantages[batch.action_mask])
+
+
+@pytest.mark.parametrize("objective", ["importance", "ppo_clip", "cispo"])
+def test_the_loss_of_held_tokens_is_the_papers(batch, objective, device):
+    """-A ratio, with |log ratio| more where a token is held: loss and gradient by a loop in
+    float64 (of the objectives that bound the ratio, the difference to a loss without)."""
+    chosen = config(loss=LossConfig(kl_cov_ratio=0.2, kl_cov_coef=0.7, objective=objective))
+    plain = config(loss=LossConfig(objective=objective))
+    whole = of_chosen_tokens(chosen, batch, 0)
+    mask = batch.action_mask
+    whole = whole.with_columns(weights=torch.where(mask, 1 / 1511, 0.0).to(device))
+    noise = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1)).to(device)
+    found = {}
+    for name, one in (("held", chosen), ("plain", plain)):
+        logp = torch.where(mask, batch.old_logp + 0.2 * noise, math.nan).requires_grad_()
+        with_held = whole if name == "held" else whole.with_columns(held=None)
+        made = make_objective(one, 1.0)
+        loss, stats, _ = objective_loss(one, made, 0.0, with_held, logp, None, None)
+        loss.backward()
+        assert stats.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        found[name] = loss.item(), torch.where(mask, logp.grad, 0.0)
+    total, policy = 0.0, 0.0
+    slope = torch.zeros(batch.num_tokens, dtype=torch.float64, device=device)
+    for t in mask.nonzero().flatten().tolist():
+        d = (logp[t].detach() - batch.old_logp[t]).double().item()
+        policy -= batch.advantages[t].item() * math.exp(d) / 1511
+        if whole.held[t]:
+            total += 0.7 * abs(d) / 1511
+            slope[t] = 0.7 * math.copysign(1, d) / 1511
+    assert found["held"][0] - found["plain"][0] == pytest.approx(total, rel=1e-3)
+    if objective == "importance":
+        assert found["plain"][0] == pytest.approx(policy, rel=1e-4)
+    moved = (found["held"][1] - found["plain"][1]).double()
+    torch.testing.assert_close(moved, slope, rtol=1e-4, atol=1e-8)
+
+
+def test_held_tokens_without_an_advantage_are_not_left_out(batch):
+    flat = batch.with_columns(advantages=torch.zeros_like(batch.advantages))
+    held = torch.zeros_like(batch.action_mask)
+    held[5] = True
+    chosen = config(loss=LossConfig(kl_cov_ratio=0.2))
+    assert without_gradient(chosen, flat) == set(range(7))
+    assert without_gradient(chosen, flat.with_columns(held=held)) == set(range(1, 7))
+
+
 def test_nothing_is_chosen_of_nothing(device):
     empty = PackedBatch.from_sequences([([1, 2], [])], device=device)
     columns = {name: torch.zeros(2, device=device) for name in ("old_logp", "old_entropy")}
     empty = empty.with_columns(advantages=torch.zeros(2, device=device), **columns)
-    loss = LossConfig(top_entropy_quantile=0.5, clip_cov_ratio=0.5)
+    loss = LossConfig(top_entropy_quantile=0.5, kl_cov_ratio=0.5)
     assert not of_chosen_tokens(config(loss=loss), empty, 0).advantages.any()
 
 
@@ -197,6 +259,19 @@ def test_the_others_train_and_the_split_does_not_matter(make, device):
         torch.testing.assert_close(small[name], one[name], rtol=1e-4, atol=1e-5)
 
 
+def test_held_tokens_stay_nearer(make, device):
+    """A loss that holds every second token moves the policy less; with one optimizer step a rollout
+    it does nothing, which the run says."""
+    loss = dict(objective="importance")
+    options = dict(mask_truncated_completions=False, epochs=4, steps=1)
+    free, _ = rows_and_weights(make(**options, loss=LossConfig(**loss)), device)
+    held = LossConfig(**loss, kl_cov_ratio=0.5, kl_cov_coef=20.0)
+    near, _ = rows_and_weights(make("held", **options, loss=held), device)
+    assert near[0]["policy/last_approxkl"] < 0.7 * free[0]["policy/last_approxkl"]
+    idle = make(loss=held, epochs=1, minibatches=1).idle_choices
+    assert "loss.kl_cov_ratio 0.5" in idle
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("words", "changes"),
@@ -205,6 +280,10 @@ def test_the_others_train_and_the_split_does_not_matter(make, device):
         ("top_entropy_quantile", {"loss": {"top_entropy_quantile": 1.1}}),
         ("clip_cov_ratio", {"loss": {"clip_cov_ratio": -0.1}}),
         ("clip_cov_low", {"loss": {"clip_cov_low": 5.0}}),
+        ("kl_cov_ratio in", {"loss": {"kl_cov_ratio": 1.0}}),
+        ("kl_cov_coef > 0", {"loss": {"kl_cov_ratio": 0.1, "kl_cov_coef": 0.0}}),
+        ("choose one", {"loss": {"kl_cov_ratio": 0.1, "clip_cov_ratio": 0.1}}),
+        ("single tokens", {"algorithm": "gspo", "loss": {"kl_cov_ratio": 0.1}}),
         ("single tokens", {"algorithm": "gspo", "loss": {"top_entropy_quantile": 0.2}}),
         ("single tokens", {"algorithm": "trpo", "loss": {"clip_cov_ratio": 0.1}}),
         ("gdpo normalises each reward", {"algorithm": "gdpo", "scale_scores": True}),

@@ -324,8 +324,9 @@ QUICK = ("reinforce_baseline", "grpo", "rloo", "ppo", "gspo", "reinforce_pp")
 
 def test_every_row_is_a_case():
     """But for trpo (test_trpo.py), distill (test_distill.py), pass_at_k, whose optimum is that of
-    the best of a group, and gdpo, which takes no KL in the reward (with one reward it is grpo)."""
-    assert set(ALGORITHMS) - set(CASES) == {"trpo", "distill", "pass_at_k", "gdpo"}
+    the best of a group, gdpo, which takes no KL in the reward (with one reward it is grpo), and
+    online_dpo, whose labels are certain, so that it has no finite optimum."""
+    assert set(ALGORITHMS) - set(CASES) == {"trpo", "distill", "pass_at_k", "gdpo", "online_dpo"}
 
 
 TREES = {"normal": Tree.random, "skewed": Tree.skewed}

@@ -417,12 +417,24 @@ def test_warm_up_trains_the_critic_alone(ppo):
 
 @pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize(
-    "model, warmup, stop", [("policy", 0, 2), ("policy", 2, 1), ("trunk", 2, 1)]
+    "model, warmup, stop",
+    [
+        ("policy", 0, 2),
+        ("policy", 2, 1),
+        ("policy", 2, 2),
+        ("trunk", 2, 1),
+        ("trunk", 2, 2),
+    ],
 )
 def test_resume_continues_bitwise(ppo, model, warmup, stop, device):
+    """Within the critic's warm-up, at its end, and after it."""
     critic = CriticConfig(model, warmup_steps=warmup, optim=OptimConfig(lr=3e-3))
     whole = ppo(
-        name="whole", steps=3, critic=critic, run=replace(ppo(name="whole").run, save_every=1)
+        name="whole",
+        steps=3,
+        critic=critic,
+        loss=LossConfig(lam_critic=1.0, bootstrap_truncated=True),
+        run=replace(ppo(name="whole").run, save_every=1),
     )
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=f"{whole.run.dir}_parts"))
@@ -572,9 +584,15 @@ SHIFTS = {  # options under which a constant has ways of its own to matter
     "remax": dict(algorithm="remax"),
     "dro": dict(algorithm="dro"),
     "learned": dict(algorithm="reinforce_learned"),
+    "bootstrapped": dict(loss=LossConfig(bootstrap_truncated=True, lam_critic=1.0, lam_alpha=0.4)),
+    "bootstrapped td": dict(algorithm="actor_critic", loss=LossConfig(bootstrap_truncated=True)),
+    "bootstrapped, its own": dict(
+        critic=CriticConfig("policy", optim=OptimConfig(lr=3e-3)),
+        loss=LossConfig(bootstrap_truncated=True),
+    ),
     "future": dict(algorithm="a2c", kl=KLConfig(coef=0.05, level="future")),
 }
-QUICK = ("ppo", "its own", "no baseline", "scaled", "warm-up")
+QUICK = ("ppo", "its own", "no baseline", "scaled", "warm-up", "bootstrapped")
 
 
 @pytest.mark.parametrize(

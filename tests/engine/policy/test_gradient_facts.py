@@ -161,6 +161,7 @@ FACTOR = {
     "opo": None,
     "pass_at_k": None,
     "gdpo": None,
+    "online_dpo": None,
 }
 BIAS = {("grpo", 2): 0.1351, ("grpo", 3): 0.1626, ("opo", 2): 0.0347, ("opo", 3): 0.0211}
 
@@ -192,6 +193,10 @@ def test_groups(advantage, G, device):
     elif advantage == "gdpo":  # of one reward and one group, divided twice
         grpo = tree.expected(config_of(tree, "grpo", kl=kl, samples=G), group=G)
         assert bias(found, grpo) < 0.02
+    elif advantage == "online_dpo":
+        # one batch of all groups, of which the ties are no pairs
+        groups, ties = len(tree.steps) ** G, len(tree.steps)
+        assert error(found, groups / (groups - ties) * dpo_gradient(tree, G)) < EXACT
     elif advantage == "gpg":
         assert bias(found, true) < 1e-6
     elif FACTOR[advantage] is not None:
@@ -199,6 +204,21 @@ def test_groups(advantage, G, device):
         assert error(found, true) == pytest.approx(1 - FACTOR[advantage](G), abs=1e-9)
     else:
         assert bias(found, true) == pytest.approx(BIAS[advantage, G], abs=1e-4)
+
+
+def dpo_gradient(tree, G):
+    """Of the expected log sigmoid(beta h) of the best and the worst of G completions, whose chances
+    are constants."""
+    logp, total = tree.logp(), 0.0
+    ratio, chance = tree.of_completions(logp - tree.ref), tree.probabilities().detach()
+    for rows in product(range(len(tree.steps)), repeat=G):
+        scores = tree.scores[list(rows)]
+        best, worst = rows[int(scores.argmax())], rows[int(scores.argmin())]
+        if best != worst:
+            h = ratio[best] - ratio[worst]
+            told = torch.nn.functional.logsigmoid(tree.beta * h)
+            total = total + chance[list(rows)].prod() * told
+    return tree.gradient(total)
 
 
 def test_the_factor_of_gpg_hangs_on_the_batch(device):
@@ -441,6 +461,8 @@ def test_the_mean_of_samples_is_the_enumerated_gradient(advantage, device):
     if advantage == "gpg":
         chance = exact.probabilities()
         expected = (1 - 1 / 2) * exact.gradient(exact.objective()) / (1 - (chance**2).sum())
+    elif advantage == "online_dpo":
+        expected = dpo_gradient(exact, G) / (1 - (exact.probabilities() ** 2).sum())
     found = sampled(tree, config)
     assert scores_of(device, found, expected).abs().max() < FAR
     for wrong in (1.3 * expected, 0 * expected, -expected):

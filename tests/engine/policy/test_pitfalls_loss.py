@@ -142,6 +142,7 @@ def test_11_groups_by_hand(device):
         "grpo": [x / (sd + 1e-4) for x in (-2, -1, 0, 3)],
         "opo": [1 - 33 / 8, 2 - 33 / 8, 3 - 33 / 8, 6 - 33 / 8],
         "pass_at_k": [0, 0, 0, 3],
+        "online_dpo": [0, 0, 0, 0],  # its beta is the KL's coefficient, which is 0 here
         "gdpo": [x / (sd + 1e-4) / (sd / (sd + 1e-4) + 1e-4) for x in (-2, -1, 0, 3)],
     }
     assert set(by_hand) == set(GROUP)

@@ -194,8 +194,9 @@ def test_moved_rewards_change_when_and_not_how_much(device):
     batch = PackedBatch.from_sequences(
         [([1, 1], [5, 6, 7]), ([1], [5]), ([1, 1], [5, 6])], device=device
     )
-    moved = moved_rewards(batch, [[1.0, 2.0, 4.0], [3.0], None])
+    moved, sums = moved_rewards(batch, [[1.0, 2.0, 4.0], [3.0], None])
     assert moved.tolist() == [0, 0, 1, 2, -3, 0, 0, 0, 0, 0, 0]
+    assert sums.tolist() == [7, 3, 0]
     totals, values = (
         torch.tensor([7.0, 3.0, 0.5], device=device),
         torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0)).to(device),

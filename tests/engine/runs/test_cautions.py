@@ -114,6 +114,6 @@ def test_a_run_says_it_and_a_resumed_run_does_not_say_it_again(
     assert said.count("are cut off at generation.max_new_tokens = 1") == 1
     assert "step 5: for 5 steps now" in said
     every = [row["step"] for row in rows if row["completions/clipped_ratio"] == 1]
-    assert said.count("nothing is trained") == 1
+    assert said.count("nothing is learned of the rewards") == 1
     assert f"step {every[0]}: all completions are cut off" in said
     assert "are cut off" not in train(12, True)

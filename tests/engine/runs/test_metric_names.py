@@ -13,6 +13,7 @@ from fusedrl.engine.config import (
     DPOConfig,
     EvaluationConfig,
     GenerationConfig,
+    KTOConfig,
     LossConfig,
     OptimConfig,
     PolicyConfig,
@@ -26,6 +27,7 @@ from fusedrl.engine.config import (
 from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.runs.names import METRICS
 from fusedrl.engine.stages.dpo import train_dpo
+from fusedrl.engine.stages.kto import train_kto
 from fusedrl.engine.stages.policy import train_policy
 from fusedrl.engine.stages.rejection import train_rejection
 from fusedrl.engine.stages.reward_model import train_reward_model
@@ -211,6 +213,9 @@ def test_every_metric_of_preferences_has_its_row(tiny_model, tmp_path, write_jso
         )
     )
     _compare_stage(str(tmp_path / "dpo"), "Direct preference optimisation")
+    run = RunConfig(str(tmp_path / "kto"), progress=False)
+    train_kto(KTOConfig(str(tiny_model), data, eval_fraction=0.25, run=run))
+    _compare_stage(str(tmp_path / "kto"), "Kahneman-Tversky optimisation")
 
 
 def test_every_metric_of_rejection_sampling_has_its_row(tiny_model, tmp_path, write_jsonl):

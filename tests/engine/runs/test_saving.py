@@ -634,6 +634,7 @@ STAGE_OPTIONS = {
     "sft": ["--sequences_per_step", "2"],
     "reward": ["--pairs_per_step", "2"],
     "dpo": ["--pairs_per_step", "2"],
+    "kto": ["--answers_per_step", "2"],
     "rejection": ["--prompts_per_step", "2", "--samples_per_prompt", "2", "--steps", "4"],
     "ppo": ["--prompts_per_step", "4", "--steps", "4", "--optim.lr", "1e-4"],
     "grpo": ["--prompts_per_step", "2", "--samples_per_prompt", "2", "--steps", "4"],
@@ -648,7 +649,7 @@ def test_what_is_printed_can_be_run(stage, tmp_path, tiny_model, write_jsonl, ca
     run = {"dir": "the run", "resume": False, "progress": False, "save_every": 1}
     (tmp_path / "run.yaml").write_text(json.dumps({"run": run}))
     rows = {"prompt": "w1 w2", "completion": "w3 w4"}
-    if stage in ("reward", "dpo"):
+    if stage in ("reward", "dpo", "kto"):
         rows = {"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}
     write_jsonl("data with blanks.jsonl", [rows] * 8)
     (tmp_path / "it's.py").write_text(REWARD)

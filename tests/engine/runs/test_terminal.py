@@ -21,6 +21,7 @@ from fusedrl.engine.base.activity import Activity
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import (
     DPOConfig,
+    KTOConfig,
     OptimConfig,
     PolicyConfig,
     RejectionConfig,
@@ -353,13 +354,12 @@ def test_a_metric_that_a_step_lacks_leaves_the_heading_as_it_is(monkeypatch):
 
 # ---- columns -------------------------------------------------------------------------------------
 def test_columns_have_whole_headings_and_numbers_that_fit():
-    for config in (SFTConfig, RewardModelConfig, DPOConfig):
+    for config in (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig):
         assert columns_of(config("m", "d")) != POLICY
     assert columns_of(RejectionConfig("m", "d", ("r.py:f",)))[1].metric == "kept/reward"
     assert columns_of(PolicyConfig("m", "d", ("r.py:f",))) == POLICY
-    for column in {c for cls in (SFTConfig, DPOConfig) for c in columns_of(cls("m", "d"))} | {
-        *POLICY
-    }:
+    stages = (SFTConfig, DPOConfig, KTOConfig)
+    for column in {c for cls in stages for c in columns_of(cls("m", "d"))} | {*POLICY}:
         for value in (0.0, -1.23456e-5, 1e30, -1e300, 123456.789, math.nan, -math.inf, 0.5):
             assert len(cell(column, value)) <= width_of(column), (column, value)
     assert cell(Column("x", "x", "%", 100.0, 1), 0.123456) == "12.3"
@@ -371,7 +371,7 @@ def test_columns_have_whole_headings_and_numbers_that_fit():
 
 def test_every_column_is_a_metric_of_the_page():
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    stages = (SFTConfig, RewardModelConfig, DPOConfig)
+    stages = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig)
     shown = {c.metric for cls in stages for c in columns_of(cls("m", "d"))}
     shown |= {c.metric for c in (*POLICY, *columns_of(RejectionConfig("m", "d", ("r.py:f",))))}
     assert not [name for name in shown if f"`{name.replace('*', '<name>')}`" not in page]
