@@ -114,6 +114,7 @@ POLICY_OPTIONS = {
     "checkpointed": ["--checkpoint_activations", "true"],
     "kl_in_loss": ["--kl.placement", "loss", "--kl.coef", "0.1"],
     "kl_target": ["--kl.coef", "0.1", "--kl.target", "2"],
+    "speculate": ["--generation.speculate", "true"],
     "normalized": ["--normalize_scores", "true"],
     "chosen": [
         *("--loss.top_entropy_quantile", "0.5"),

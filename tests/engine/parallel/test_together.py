@@ -47,6 +47,7 @@ CASES = (
     "ppo refill",
     "ppo ptx",
     "ppo evaluation",
+    "ppo speculate",
     "ppo strict",
     "trpo",
 )
