@@ -2,12 +2,12 @@
 examples/smollm2.py): generation with `drafts` compared with the same generation without, whose
 completions are checked to be the same bits. Prompts are those of examples/prompts/questions.jsonl.
 
-tail            3 of 32 completions (8 samples of 4 prompts) from their token 144 on, as if the
-                other 29 had ended: 48 tokens each
+tail            3 of 32 completions (8 samples of 4 prompts) from their token 192 on, as if the
+                other 29 had ended: 96 tokens each
 second epoch    8 samples of one prompt, of which 8 completions were drawn before under other random
-                numbers: 48 tokens each
+                numbers: 96 tokens each
 evaluation      4 prompts with one sample each, whose completions were drawn before under the same
-                random numbers and the weights of 4 optimizer steps ago (AdamW at lr 1e-5): 48
+                random numbers and the weights of 4 optimizer steps ago (AdamW at lr 1e-5): 96
                 tokens each
 
 A contestant's guesses come from nothing that an earlier round drew. `cpu_ratio` is the ratio of the
@@ -33,7 +33,7 @@ from fusedrl.engine import CacheConfig, Completion, Drafts, HybridActor, PackedB
 
 PROMPTS = Path(__file__).parents[1] / "examples/prompts/questions.jsonl"
 QUESTIONS, SAMPLES = 4, 8
-TAIL, WRITTEN, NEW = 3, 144, 48
+TAIL, WRITTEN, NEW = 3, 192, 96
 UPDATES, LR = 4, 1e-5
 LONG = {"min_new_tokens": WRITTEN + NEW, "max_new_tokens": WRITTEN + NEW}  # no EOS ends them
 
@@ -55,7 +55,7 @@ def actor_of(path: Path, dtype: torch.dtype) -> HybridActor:
 
 @cache
 def epoch(path: Path, temperature: float, number: int) -> list[list[Completion]]:
-    """Completions of all prompts, of 192 tokens, by the float32 model."""
+    """Completions of all prompts, of 288 tokens, by the float32 model."""
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[:QUESTIONS]
     return actor_of(path, torch.float32).generate(
         [json.loads(line)["prompt"] for line in lines],
