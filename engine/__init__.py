@@ -39,10 +39,12 @@ _HOMES = {
     "SamplingParams": "fusedrl.engine.generation.sampler",
     "Completion": "fusedrl.engine.base.completion",
     "CacheConfig": "fusedrl.engine.generation.cache",
+    "Drafts": "fusedrl.engine.generation.drafts",
 }
 __all__ = [
     "CacheConfig",
     "Completion",
+    "Drafts",
     "HybridActor",
     "LoRAConfig",
     "PackedBatch",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from fusedrl.engine.base.packing import PackedBatch
     from fusedrl.engine.config import LoRAConfig
     from fusedrl.engine.generation.cache import CacheConfig
+    from fusedrl.engine.generation.drafts import Drafts
     from fusedrl.engine.generation.sampler import SamplingParams
 
 

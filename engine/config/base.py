@@ -354,6 +354,10 @@ class GenerationConfig:
         min_p: keep tokens with at least this fraction of the likeliest token's probability; 0 keeps
             all.
         stop_token_ids: token ids that end a completion, in addition to the model's own EOS.
+        speculate: guess next tokens from earlier completions of the same prompt, and compute
+            several of a sequence at once. It changes no bit of a completion. It saves time on a
+            CPU, with a model of 100 million parameters or more, where few sequences are left and
+            texts repeat one another (docs/guide.md says when).
     """
 
     max_new_tokens: int = 64
@@ -362,6 +366,7 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         check(

@@ -31,6 +31,7 @@ from fusedrl.engine.base.activity import Activity
 from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
+from fusedrl.engine.generation.drafts import Draft, Drafts
 from fusedrl.engine.generation.graphs import (
     CudaCapture,
     StepGraphs,
@@ -41,12 +42,19 @@ from fusedrl.engine.generation.graphs import (
 )
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Running, Scheduler
+from fusedrl.engine.generation.speculation import (
+    LONGEST,
+    MOST_SEQUENCES,
+    Guesses,
+    allot,
+    row_cost,
+)
 from fusedrl.engine.generation.state import DecodeState, HostCopy, Tokens, advance, to_device
 from fusedrl.engine.generation.texts import Texts
 from fusedrl.engine.generation.turns import Turns
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.model.step import weight_dtypes
+from fusedrl.engine.model.step import rows_alone, weight_dtypes
 from fusedrl.engine.model.watch import Depth, Watch
 
 _WINDOW, _CPU_WINDOW = 8, 16  # steps until the host reads the tokens; a CPU's may end early
@@ -102,6 +110,7 @@ class Ticket:
         error: why the unfinished sequences were lost.
         closed: whether nobody will fetch any more completions.
         follows: whether somebody looks at the tokens after each step.
+        drafts: what next tokens are guessed from; None: none are guessed.
     """
 
     live: dict[int, Running] = field(default_factory=dict)
@@ -109,6 +118,7 @@ class Ticket:
     error: BaseException | None = None
     closed: bool = False
     follows: bool = False
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -320,6 +330,8 @@ class Generator:
                 sequence.id = number
             self._next_id += len(sequences)
             ticket.live = {sequence.id: sequence for sequence in sequences}
+            if ticket.drafts is not None:
+                ticket.drafts.begin()
             self._tickets.append(ticket)
             self.scheduler.submit(sequences)
 
@@ -329,11 +341,14 @@ class Generator:
         params: SamplingParams | Sequence[SamplingParams],
         request_ids: Sequence[int] | None = None,
         to_caller: bool = True,
+        drafts: Drafts | None = None,
     ) -> Iterator[Finished]:
         """Return an iterator over completions as they finish. The call is checked at once. Closing
         the iterator early ends its sequences. `to_caller`: whether the completions go to code that
-        may write to the weights before it asks for the next completion."""
+        may write to the weights before it asks for the next completion. `drafts`: guess next tokens
+        from it, and let it hear of what is drawn."""
         ticket, sequences = self.prepare(prompts, params, request_ids)
+        ticket.drafts = drafts
         return self._drive(ticket, sequences, to_caller)
 
     def _drive(
@@ -514,14 +529,19 @@ class Generator:
                     one.follows for one in self._tickets
                 )
                 ahead = int(not watched and self._captures(self.scheduler.decoding))
-                plan = None
+                guessing = self._guessing(self.scheduler.decoding)
+                plan = guesses = drawn = None
                 if len(self._flights) <= ahead:
-                    plan = self.scheduler.schedule(1 if watched else self._window)
+                    plan = self.scheduler.schedule(1 if watched or guessing else self._window)
                 if plan is not None:
-                    launched = self._launch(plan)
+                    guesses = self._guess(plan) if guessing else None
+                    if guesses is not None:
+                        drawn = self._verify(plan, guesses)
+                    else:
+                        ahead = ahead if self._launch(plan) else 0
                     self.scheduler.complete(plan)
-                    ahead = ahead if launched else 0
-                drawn = self._read() if len(self._flights) > ahead or plan is None else None
+                if guesses is None and (len(self._flights) > ahead or plan is None):
+                    drawn = self._read()
         except BaseException as error:
             self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
             self._state, self._sources = None, []
@@ -649,20 +669,8 @@ class Generator:
         ):
             return state
         carried = self._carried(drew) if captured else []
-        columns, numbers = self._table.arguments(drew, fixed=captured)
-        columns |= {
-            "token_ids": slots.tokens[drew, length - 1],
-            "positions": length - 1,
-            "rows": drew,
-            "last_positions": slots.limit[drew] - 2,
-            "finished": np.zeros(len(drew), dtype=bool),
-            "keys": self._table.keys(drew, length),
-            "stops": self._table.stops(drew),
-            **self._table.suppressed(drew, length),
-            **self._table.biases(drew),
-        }
-        if self._table.returns_kept[drew].any():
-            columns["returns_kept"] = self._table.returns_kept[drew]
+        newest = slots.tokens[drew, length - 1]
+        columns, numbers = self._columns(drew, length, newest, captured)
         if self._graphs is None or not captured:
             return DecodeState(
                 columns, numbers, self._window, device, drew, values=self.value_head is not None
@@ -674,6 +682,128 @@ class Generator:
         for rows_r, moving in carried:
             state.carry(rows_r, moving)
         return state
+
+    def _columns(
+        self, slots_R: np.ndarray, lengths_R: np.ndarray, token_ids_R: np.ndarray, captured: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Return the columns and numbers of a `DecodeState` in which each row computes a token of a
+        slot, the one that makes it `lengths_R` long, and draws the next."""
+        table = self._table
+        columns, numbers = table.arguments(slots_R, fixed=captured)
+        columns |= {
+            "token_ids": token_ids_R,
+            "positions": lengths_R - 1,
+            "rows": slots_R,
+            "last_positions": self.scheduler.slots.limit[slots_R] - 2,
+            "finished": np.zeros(len(slots_R), dtype=bool),
+            "keys": table.keys(slots_R, lengths_R),
+            "stops": table.stops(slots_R),
+            **table.suppressed(slots_R, lengths_R),
+            **table.biases(slots_R),
+        }
+        if table.returns_kept[slots_R].any():
+            columns["returns_kept"] = table.returns_kept[slots_R]
+        return columns, numbers
+
+    # ---- guessed tokens --------------------------------------------------------------------------
+    def _guessing(self, decoding: np.ndarray) -> bool:
+        """Whether next tokens of these slots may be guessed."""
+        return (
+            self._looks
+            and 0 < len(decoding) <= MOST_SEQUENCES
+            and any(one.drafts is not None for one in self._tickets)
+            and rows_alone(self.decoder.device)
+        )
+
+    def _guess(self, plan: Plan) -> Guesses | None:
+        """Guess next tokens of the slots that decode, and give them the blocks for these. Return
+        None if no guess is worth its time, or the plan has prompts to read."""
+        if plan.chunks or not len(plan.decode):
+            return None
+        slots, vocab = self.scheduler.slots, self.decoder.config.vocab_size
+        cost = row_cost(self.decoder.dtype.itemsize)
+        found: list[Draft | None] = []
+        for slot in plan.decode.tolist():
+            sequence, length = self.scheduler.at(slot), int(slots.length[slot])
+            request: _Request = sequence.request
+            most = min(LONGEST, int(slots.limit[slot]) - 1 - length)
+            draft = None
+            if request.ticket.drafts is not None:
+                text = slots.tokens[slot, len(request.prompt_ids) : length].tolist()
+                draft = request.ticket.drafts.guess(
+                    request.prompt_ids, sequence.id, text, most, cost
+                )
+            found.append(draft)
+        lengths = allot([draft.chances if draft is not None else [] for draft in found], cost)
+        for at, (slot, draft) in enumerate(zip(plan.decode.tolist(), found, strict=True)):
+            ids = draft.token_ids[: lengths[at]] if draft is not None else []
+            known = next((i for i, token in enumerate(ids) if not 0 <= token < vocab), len(ids))
+            lengths[at] = self.scheduler.reach_further(slot, known) if known else 0
+        return Guesses.of(found, lengths) if any(lengths) else None
+
+    def _verify(self, plan: Plan, guesses: Guesses) -> Drawn:
+        """Compute the newest tokens of the slots that decode, and the guessed ones behind them.
+        Return what each slot draws as long as its guesses are right."""
+        weights, slots, drew = (
+            self.decoder.weights(self.scheduler.adapted),
+            self.scheduler.slots,
+            plan.decode,
+        )
+        slots_S = drew[guesses.sequence]
+        lengths_S = slots.length[slots_S] + guesses.offset
+        newest_S = slots.tokens[slots_S, slots.length[slots_S] - 1]
+        columns, numbers = self._columns(
+            slots_S,
+            lengths_S,
+            np.where(guesses.offset > 0, guesses.token_ids, newest_S),
+            captured=False,
+        )
+        state = DecodeState(
+            columns, numbers, 1, self.cache.k.device, values=self.value_head is not None
+        )
+        table_BM, head = self._device_table(), self.value_head
+        advance(weights, state, table_BM, self.cache, self._strict, None, head)
+        self._state = None
+        tokens_1S, logp_1S, _, ended_S, *values = (
+            column.numpy() for column in state.drawn(1, len(slots_S))
+        )
+        tokens_S = tokens_1S[0]
+        right = self._before_stops(drew, guesses, tokens_S, guesses.right(tokens_S, ended_S))
+        ended = ended_S[guesses.first + right]
+        for slot, kinds, count in zip(drew.tolist(), guesses.kinds, right.tolist(), strict=True):
+            drafts = self.scheduler.at(slot).request.ticket.drafts
+            if kinds and drafts is not None:
+                drafts.judge(kinds, count)
+        steps = int(right.max()) + 1
+        kept = [(kept.token_ids.numpy(), kept.offsets.numpy()) for kept in state.kept]
+        return Drawn(
+            drew,
+            self.weights_version,
+            guesses.behind(tokens_S, steps),
+            guesses.behind(logp_1S[0], steps),
+            guesses.behind(values[0][0], steps) if values else None,
+            slots.length[drew] + right - ended,
+            ended,
+            [(ids, offsets[step:]) for ids, offsets in kept for step in range(steps)],
+            guesses.first,
+        )
+
+    def _before_stops(
+        self, drew: np.ndarray, guesses: Guesses, tokens_S: np.ndarray, right: np.ndarray
+    ) -> np.ndarray:
+        """Return how many of the right guesses come before the end that a stop string sets."""
+        slots, right = self.scheduler.slots, right.copy()
+        for at in np.flatnonzero(self._table.watched[drew] & (right > 0)).tolist():
+            sequence, length = self.scheduler.at(int(drew[at])), int(slots.length[drew[at]])
+            first, params = int(guesses.first[at]), sequence.request.params
+            text = np.concatenate(
+                [slots.tokens[drew[at], :length], tokens_S[first : first + int(right[at])]]
+            )
+            for count in range(int(right[at])):
+                if self._texts.stop_string(params, text[: length + count + 1], sequence.num_prompt):
+                    right[at] = count
+                    break
+        return right
 
     def _carried(self, drew: np.ndarray) -> list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
         """Return (rows, what they go on from) of the slots whose newest tokens the host has not
@@ -837,5 +967,8 @@ class Generator:
             values,
             kept,
         )
+        if request.ticket.drafts is not None:
+            whole = sequence.tokens[len(request.prompt_ids) :].tolist()
+            request.ticket.drafts.finish(request.prompt_ids, sequence.id, whole)
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))

@@ -348,6 +348,17 @@ class Scheduler:
             if any(sequence.id in leaving for sequence in queue):
                 queue[:] = [sequence for sequence in queue if sequence.id not in leaving]
 
+    def reach_further(self, slot: int, more: int) -> int:
+        """Give a decoding sequence the blocks for up to `more` tokens behind its newest one, as far
+        as blocks are free. Return for how many they suffice."""
+        slots, sequence = self.slots, self.at(slot)
+        length = int(slots.length[slot])
+        if not self.blocks.grow(sequence.id, length + more):
+            more = min(more, int(slots.held[slot]) - length)
+        slots.set_table(slot, self.blocks.table(sequence.id))
+        self._spare |= more > 0
+        return more
+
     def describe(self) -> str:
         """Return the state in one line, for errors."""
         head = self._waiting[-1] if self._waiting else None

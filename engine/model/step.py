@@ -144,6 +144,11 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     )
 
 
+def rows_alone(device: torch.device) -> bool:
+    """Whether the bits of a token of `decode_step` never depend on the other tokens of a call."""
+    return _IMPLS.choose(device) == "cpp"
+
+
 def weight_dtypes(device: torch.device, impl: str | None = None) -> tuple[torch.dtype, ...]:
     """Return the dtypes of weights that an implementation supports. If `impl` is None, take the
     best implementation for the device."""

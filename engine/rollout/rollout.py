@@ -27,8 +27,10 @@ from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, RunConfig
 from fusedrl.engine.config.base import SamplingConfig
+from fusedrl.engine.generation.drafts import Drafts
 from fusedrl.engine.generation.generator import Finished
 from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.model.step import rows_alone
 from fusedrl.engine.rewards.functions import Reward
 from fusedrl.engine.rewards.functions import Rollout as Scorable
 from fusedrl.engine.rewards.pool import Workers
@@ -157,6 +159,23 @@ def params_of(generation: GenerationConfig, *, n: int, seed: int) -> SamplingPar
     )
 
 
+def drafts_of(generation: GenerationConfig, actor: HybridActor) -> Drafts | None:
+    """Return what a stage's rollouts guess next tokens from; None without the option, or where the
+    actor cannot use guesses."""
+    wanted = generation.speculate and rows_alone(actor.decoder.device)
+    return Drafts() if wanted else None
+
+
+def warn_of_drafts(generation: GenerationConfig, drafts: Drafts | None) -> str:
+    """Return what to say where the option has no effect, or nothing."""
+    if not generation.speculate or drafts is not None:
+        return ""
+    return (
+        "generation.speculate has no effect here: it needs a CPU and the C++ kernels (fusedrl "
+        "doctor), where a row of a step does not depend on the rows beside it"
+    )
+
+
 @dataclass(frozen=True)
 class Sample:
     """Completion with its rewards and score.
@@ -199,6 +218,7 @@ def rollout(
     *,
     greedy: bool = False,
     gold: RewardSet | None = None,
+    drafts: Drafts | None = None,
 ) -> Rollout:
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
@@ -217,6 +237,7 @@ def rollout(
             samples of the prompt are invalid.
         gold: rewards that are only measured and reported, not trained on. Samples that such a
             reward cannot score are left out of its mean.
+        drafts: what next tokens are guessed from, and what is told of all completions.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """
@@ -226,7 +247,7 @@ def rollout(
     remote: dict[str, float] = {}
     for _ in range(1 + config.refill_tries):
         prompts, first = draw(config.prompts_per_step - len({sample.group for sample in kept}))
-        found, scored = _generate(actor, prompts, rewards, config, first, greedy)
+        found, scored = _generate(actor, prompts, rewards, config, first, greedy, drafts)
         invalid += [(len(samples) + index, name, reason) for index, name, reason in scored.invalid]
         samples += found
         _check_valid(samples, invalid, config, rewards)
@@ -265,6 +286,8 @@ def rollout(
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
     metrics = _describe(samples, config, greedy) | _gold(gold, samples, config) | remote
+    if drafts is not None:
+        metrics |= drafts.metrics()
     if config.refill_tries:
         metrics |= {
             "refill/generated_groups": float(len({s.group for s in samples})),
@@ -280,6 +303,7 @@ def _generate(
     config: RolloutConfig,
     first_request_id: int,
     greedy: bool,
+    drafts: Drafts | None,
 ) -> tuple[list[Sample], RewardScores]:
     """Return completions with their rewards, and the scores as the rewards gave them."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
@@ -296,6 +320,7 @@ def _generate(
         sampling_params(config),
         request_ids=request_ids,
         finished=None if ahead is None else ask,
+        drafts=drafts,
     )
     flat = [
         (prompt, completion)
@@ -310,6 +335,7 @@ def _generate(
             [p.ids for p in prompts],
             replace(sampling_params(config), temperature=0.0, n=1),
             request_ids=request_ids,
+            drafts=drafts,
         )
         pairs = [
             (prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)

@@ -81,6 +81,7 @@ FREE_KEYS = (
     "alarm",
     "monitor_reward",
     "reward_timeout",
+    "generation.speculate",
 )
 _DTYPES = {
     torch.float64: "F64",

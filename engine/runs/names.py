@@ -37,7 +37,8 @@ _NAMES = """
     reward_std rewards/*/mean rewards/accuracies rewards/chosen rewards/margins rewards/rejected
     sampling/ratio_outside_fraction sampling/sampling_logp_difference/max
     sampling/sampling_logp_difference/mean sampling/value_diff_max score_clip_fraction
-    score_shift skipped_updates step step_tokens timing/* timing/exchange timing/reward_wait
+    score_shift skipped_updates speculation/accepted speculation/drafted
+    speculation/tokens_per_verification step step_tokens timing/* timing/exchange timing/reward_wait
     timing/step timing/waiting tokens_per_s trpo/accepted trpo/cg_residual
     trpo/expected_improvement trpo/fraction trpo/improvement trpo/kl updates val/clipfrac_avg
     val/explained_variance val/ratio val/ratio_max val/ratio_min val/ratio_outside_fraction

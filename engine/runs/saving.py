@@ -64,6 +64,7 @@ class Parts:
     control: Stateful | None = None
     critic: Learner | None = None
     replay: Buffer | None = None
+    drafts: Buffer | None = None
 
     def learners(self) -> Iterator[tuple[str, str, Learner]]:
         """Yield each learner with the names under which a checkpoint stores its weights and its
@@ -79,7 +80,7 @@ class Parts:
 
     def mark(self) -> tuple[int, ...]:
         """Return numbers that change with everything that an update writes: optimizer steps begun,
-        in-place writes to parameters, and the newest replayed step."""
+        in-place writes to parameters, the newest replayed step and the newest drafts."""
         counts = [
             count
             for _, _, learner in self.learners()
@@ -88,7 +89,8 @@ class Parts:
                 sum(p._version for p in trained(learner.model).values()),
             )
         ]
-        return *counts, -1 if self.replay is None else self.replay.newest
+        buffers = (self.replay, self.drafts)
+        return *counts, *(-1 if buffer is None else buffer.newest for buffer in buffers)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore these objects, in place, and the process's random generators. Raise
@@ -122,6 +124,9 @@ class Parts:
                     f"{sorted(checkpoint.tensors)}"
                 )
             self.replay.load(checkpoint.tensors["replay"])
+        # without drafts a run is the same one, only slower: they may be switched on in between
+        if self.drafts is not None and "drafts" in checkpoint.tensors:
+            self.drafts.load(checkpoint.tensors["drafts"])
         if "weights_version" in checkpoint.state and isinstance(self.model.model, Versioned):
             self.model.model.weights_version = checkpoint.state["weights_version"]
         set_generator_states(checkpoint.tensors["rng"])
@@ -230,6 +235,8 @@ class Saver:
                 shares[moments] = learner.optimizer.state_dict()
             if self._parts.replay is not None:
                 tensors["replay"] = self._parts.replay.tensors()
+            if self._parts.drafts is not None:
+                tensors["drafts"] = self._parts.drafts.tensors()
             path = save_checkpoint(
                 self._directory,
                 self.step,

@@ -40,6 +40,7 @@ from fusedrl.engine.config.algorithms import ADVANTAGES
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import parse_data
 from fusedrl.engine.data.rows import check_source
+from fusedrl.engine.generation.drafts import Drafts
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
@@ -68,7 +69,13 @@ from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
-from fusedrl.engine.rollout.rollout import Prompt, reward_loader, rollout
+from fusedrl.engine.rollout.rollout import (
+    Prompt,
+    drafts_of,
+    reward_loader,
+    rollout,
+    warn_of_drafts,
+)
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for, demand_of
@@ -109,7 +116,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     parts = _load(config, needs, ranks, functions)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
     with parts.workers, Run(config, config.steps, ranks) as run:
-        _announce(config, needs, run)
+        _announce(config, needs, run, parts.drafts)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
         longest = max(longest_of(prompts), monitor.longest)
@@ -119,6 +126,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
             control=control,
             critic=None if parts.critic is None else parts.critic.learner,
             replay=parts.replay,
+            drafts=parts.drafts,
         )
         # checkpoints of old versions have no count of prompts
         control.drawn = control.drawn or run.start * config.prompts_per_step
@@ -135,6 +143,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
                     config,
                     greedy=needs == "greedy",
                     gold=parts.gold,
+                    drafts=parts.drafts,
                 )
             batch = experience.batch
             if config.mask_truncated_completions:
@@ -150,8 +159,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
             control.update(metrics if learns else {}, totals)
             if warning := control.kl.warning():
                 run.message(warning)
-            if parts.replay is not None:
-                parts.replay.add(batch, step)
+            parts.remember(batch, step)
             metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
             run.samples(step, experience.samples(4), experience.columns, meter.columns)
@@ -180,7 +188,15 @@ class _Parts:
     critic: TrainedCritic | None
     control: Control
     replay: ReplayBuffer | None
+    drafts: Drafts | None
     scores_first: bool
+
+    def remember(self, batch: PackedBatch, step: int) -> None:
+        """Keep what later steps use of a step's completions, once its update is done."""
+        if self.replay is not None:
+            self.replay.add(batch, step)
+        if self.drafts is not None:
+            self.drafts.keep()
 
     @property
     def own_critic(self) -> SeparateCritic | None:
@@ -272,17 +288,20 @@ def _load(
         critic_of(config, actor),
         Control(config),
         None if config.replay is None else ReplayBuffer(config.replay, config.run.seed),
+        drafts_of(config.generation, actor),
         _scores_first(config, needs),
     )
 
 
-def _announce(config: PolicyConfig, needs: str | None, run: Run) -> None:
+def _announce(config: PolicyConfig, needs: str | None, run: Run, drafts: Drafts | None) -> None:
     """Print which options will have no effect, and what is computed twice."""
     if config.idle_choices:
         run.message(
             f"{', '.join(config.idle_choices)} will never act: with one optimizer step a rollout "
             "every ratio is 1; raise minibatches or epochs, or leave it out"
         )
+    if said := warn_of_drafts(config.generation, drafts):
+        run.message(said)
     why = two_steps(
         config,
         make_objective(config, config.penalty.coef),

@@ -26,7 +26,14 @@ from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
-from fusedrl.engine.rollout.rollout import Prompt, Rollout, reward_loader, rollout
+from fusedrl.engine.rollout.rollout import (
+    Prompt,
+    Rollout,
+    drafts_of,
+    reward_loader,
+    rollout,
+    warn_of_drafts,
+)
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import FlatRewards
@@ -80,21 +87,18 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
         prompts = read_prompts(config, actor, run)
         longest = longest_of(prompts)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
-        flat = FlatRewards(
-            "group" if config.min_score is None else "",
-            config.prompts_per_step * config.samples_per_prompt,
-            config.generation.max_new_tokens,
-        )
-        for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's
-            flat.update(row)
-        run.restore(model=learner)
+        flat = _flat_rewards(config, run)
+        drafts = drafts_of(config.generation, actor)
+        if idle := warn_of_drafts(config.generation, drafts):
+            run.message(idle)
+        run.restore(model=learner, drafts=drafts)
         for step in range(run.start, config.steps):
 
             def draw(count: int, first: int = step * config.prompts_per_step) -> Drawn:
                 return prompts.draw(config.run.seed, first, first + count), first
 
             with run.time("generate_and_reward"):
-                experience = rollout(actor, draw, rewards, config)
+                experience = rollout(actor, draw, rewards, config, drafts=drafts)
             kept = best(experience, config.keep, config.min_score)
             with run.time("train"), actor.lend_cache():
                 metrics = (
@@ -102,6 +106,8 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
                     | _describe(experience, kept, config)
                     | imitate(actor, learner, experience.batch, kept, config, step)
                 )
+            if drafts is not None:
+                drafts.keep()
             if said := flat.update(metrics):
                 run.message(f"step {step + 1}: {said}")
             run.log(step, metrics)
@@ -121,6 +127,18 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
         if config.lora is not None:
             run.write("adapter", partial(actor.save_adapter, base_model=config.model))
         return RejectionResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+
+
+def _flat_rewards(config: RejectionConfig, run: Run) -> FlatRewards:
+    """Return the detector of flat rewards, as a resumed run's rows left it."""
+    flat = FlatRewards(
+        "group" if config.min_score is None else "",
+        config.prompts_per_step * config.samples_per_prompt,
+        config.generation.max_new_tokens,
+    )
+    for row in read_rows(run.directory / "metrics.jsonl"):
+        flat.update(row)
+    return flat
 
 
 def best(experience: Rollout, keep: int, min_score: float | None) -> list[int]:

@@ -20,6 +20,7 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import PromptExample
 from fusedrl.engine.data.tokenize import encode_prompt
+from fusedrl.engine.generation.drafts import Drafts
 from fusedrl.engine.generation.generator import Finished
 from fusedrl.engine.rewards.functions import Rollout
 from fusedrl.engine.rewards.remote import Ahead, Key
@@ -128,6 +129,7 @@ def measure(
     samples: int = 1,
     request_ids: Sequence[int] | None = None,
     tokens_per_forward: int = TOKENS_PER_FORWARD,
+    drafts: Drafts | None = None,
 ) -> Measured:
     """Sample completions of the prompts from the policy and measure each. Arguments, errors and
     side effects are those of `evaluate`."""
@@ -148,7 +150,9 @@ def measure(
             calls.add(place, one, keys[place])
 
     params = params_of(generation, n=samples, seed=seed)
-    outs = policy.generate(ids, params, request_ids, finished=ask if ahead else None)
+    outs = policy.generate(ids, params, request_ids, finished=ask if ahead else None, drafts=drafts)
+    if drafts is not None:
+        drafts.keep()
     batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
     parts, temperature = batch.split(tokens_per_forward), generation.temperature or 1.0
     # The cache is lent as in training, which also removes the prefixes cached here: the next
@@ -184,6 +188,7 @@ def evaluate(
     samples: int = 1,
     request_ids: Sequence[int] | None = None,
     tokens_per_forward: int = TOKENS_PER_FORWARD,
+    drafts: Drafts | None = None,
 ) -> Evaluation:
     """Sample completions of the prompts from the policy and measure them.
 
@@ -201,6 +206,7 @@ def evaluate(
         samples: number of samples per prompt.
         request_ids: a number for each prompt. Samples depend on it and the seed. Default: 0, 1, ...
         tokens_per_forward: most tokens of a micro-batch when scoring.
+        drafts: what next tokens are guessed from: earlier evaluations on the same prompts.
 
     Raises:
         RewardError: a reward raised or did not return one value per completion.
@@ -216,6 +222,7 @@ def evaluate(
         samples=samples,
         request_ids=request_ids,
         tokens_per_forward=tokens_per_forward,
+        drafts=drafts,
     )
 
     def estimate(values: Sequence[float]) -> Estimate:

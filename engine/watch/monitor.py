@@ -24,6 +24,7 @@ from fusedrl.engine.data.readers import ReadOptions, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.rewards.rewards import RewardSet
+from fusedrl.engine.rollout.rollout import drafts_of
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.alarm import Detector, as_row, message
@@ -243,6 +244,8 @@ class HeldOut:
         self._prompts = [fitting[index][0] for index in order]
         self.longest = max((len(fitting[index][1]) for index in order), default=0)
         self._samples = run.lines("samples_eval.jsonl")
+        # its draws are the same every time, so that the last evaluation's texts guess well
+        self._drafts = drafts_of(config.generation, actor)
 
     def due(self, done: int) -> bool:
         """Whether the policy is evaluated after step number `done`."""
@@ -267,6 +270,7 @@ class HeldOut:
                 samples=samples,
                 request_ids=range(-1, -1 - count, -1),
                 tokens_per_forward=config.tokens_per_microbatch,
+                drafts=self._drafts,
             )  # a rollout's ids are 0 and above
         shown = []
         for index, example in enumerate(self._prompts[: self._evaluation.show]):

@@ -115,6 +115,7 @@ POLICY_OPTIONS = {
     "checkpointed": ["--checkpoint_activations", "true"],
     "kl_in_loss": ["--kl.placement", "loss", "--kl.coef", "0.1"],
     "kl_target": ["--kl.coef", "0.1", "--kl.target", "2"],
+    "speculate": ["--generation.speculate", "true"],
     "normalized": ["--normalize_scores", "true"],
     "lambdas": [
         *("--loss.lam_critic", "1", "--loss.lam_alpha", "0.4"),

@@ -87,7 +87,7 @@ def start(
 
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
     """Without what is of the number of ranks: parts of a group are one, and metrics of the division
-    are left out."""
+    and of guessed tokens are left out."""
     found: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, dict) and name.endswith(".safetensors"):
@@ -96,7 +96,11 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     found["metrics.jsonl"] = [
-        {key: value for key, value in row.items() if not key.startswith("parallel/")}
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith(("parallel/", "speculation/"))
+        }
         for row in record["metrics.jsonl"]
     ]
     return found

@@ -49,6 +49,7 @@ CASES = (
     "ppo refill",
     "ppo ptx",
     "ppo evaluation",
+    "ppo speculate",
     "ppo strict",
     "trpo",
 )

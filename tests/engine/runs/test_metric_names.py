@@ -88,7 +88,7 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(6)])
 
-    def run(name, rewards, algorithm="grpo", steps=1, **options):
+    def run(name, rewards, algorithm="grpo", steps=1, speculate=False, **options):
         config = PolicyConfig(
             str(tiny_model),
             data,
@@ -96,7 +96,7 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
             algorithm,
             steps=steps,
             prompts_per_step=2,
-            generation=GenerationConfig(max_new_tokens=4),
+            generation=GenerationConfig(max_new_tokens=24 if speculate else 4, speculate=speculate),
             run=RunConfig(str(tmp_path / name), progress=False),
             reference_model=str(tiny_model) if algorithm == "distill" else None,
             **options,
@@ -131,6 +131,7 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
         correction=CorrectionConfig("truncated", off_policy_delta=0.1),
     )
     names |= run("replayed", ["likes_w3"], replay=ReplayConfig(), steps=2)
+    names |= run("guessed", ["likes_w3"], "ppo", speculate=True)
     return (
         names
         | run("watched", ["binary"], reward_workers=1, **watched)

@@ -4,9 +4,9 @@ refused with a message.
 Each pair is a run of three steps through the command line, held to what does not depend on how the
 pair is built:
 interrupted in its last step and resumed it is bitwise the undisturbed run; the first update finds
-the ratios at exactly 1; sampler and trainer agree, exactly under strict; recomputing activations
-and evaluating leave the other option's run as it was, to the bit; a constant added to the reward
-leaves its course; its first completions are those of the plain run.
+the ratios at exactly 1; sampler and trainer agree, exactly under strict; recomputing activations,
+evaluating and guessing tokens leave the other option's run as it was, to the bit; a constant added
+to the reward leaves its course; its first completions are those of the plain run.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _steps(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _trained(found: dict[str, Any]) -> dict[str, Any]:
-    """Weights, and the metrics of the steps less those of evaluation."""
+    """Weights, and the metrics of the steps less those of evaluation and of guessed tokens."""
     parts = {
         name: part
         for name, part in found.items()
@@ -115,7 +115,11 @@ def _trained(found: dict[str, Any]) -> dict[str, Any]:
     }
     return parts | {
         "steps": [
-            {key: value for key, value in line.items() if not key.startswith("eval_")}
+            {
+                key: value
+                for key, value in line.items()
+                if not key.startswith(("eval_", "speculation/"))
+            }
             for line in _steps(found)
         ]
     }
@@ -132,8 +136,9 @@ def _same_course(steps: list[dict[str, Any]], shifted: list[dict[str, Any]], rou
                 assert other[key] == pytest.approx(line[key], rel=rel, abs=abs_), key
 
 
-def _resumes_bitwise(found: dict[str, Any], arguments: list[str]) -> None:
-    """The same run once more, interrupted half-way in a call of its reward, then resumed."""
+def _resumed(found: dict[str, Any], arguments: list[str], *more: str) -> dict[str, Any]:
+    """The same run once more, interrupted half-way in a call of its reward, then resumed with more
+    options."""
     shutil.rmtree("run")
     Path("calls").unlink()
     Path("dies_at").write_text(str(found["calls"] // 2 + 1), encoding="utf-8")
@@ -141,14 +146,14 @@ def _resumes_bitwise(found: dict[str, Any], arguments: list[str]) -> None:
         assert command(arguments)[0] == 130
     finally:
         Path("dies_at").unlink()
-    code, said = command([*arguments, "--run.resume", "true"])
+    code, said = command([*arguments, "--run.resume", "true", *more])
     assert code == 0, said
-    assert (
-        differences(
-            {name: part for name, part in found.items() if name != "calls"}, read_run(Path("run"))
-        )
-        == []
-    )
+    return read_run(Path("run"))
+
+
+def _resumes_bitwise(found: dict[str, Any], arguments: list[str]) -> None:
+    undisturbed = {name: part for name, part in found.items() if name != "calls"}
+    assert differences(undisturbed, _resumed(found, arguments)) == []
 
 
 PAIRS = [
@@ -178,7 +183,7 @@ def test_pair(place, row, a, b):
         )
         assert line["grad_norm"] > 0
     for neutral, other in ((a, b), (b, a)):
-        if neutral in ("checkpointed", "evaluation"):
+        if neutral in ("checkpointed", "evaluation", "speculate"):
             assert differences(_trained(_run(place, row, other)), _trained(found)) == []
     if "offset" in names:
         rounded = "bfloat16" in names and narrow_products(torch.device("cpu"), torch.bfloat16)
@@ -190,6 +195,17 @@ def test_pair(place, row, a, b):
             plain["reward"] + OFFSET * ("offset" in names), abs=1e-6
         )
     _resumes_bitwise(found, _arguments(row, a, b))
+
+
+@pytest.mark.parametrize("before", ["false", "true"])
+def test_guessing_may_be_switched_in_a_resumed_run(place, before):
+    after = "true" if before == "false" else "false"
+    arguments = [*_arguments("ppo"), "--generation.speculate"]
+    found = _counted([*arguments, before])
+    resumed = _resumed(found, [*arguments, before], "--generation.speculate", after)
+    assert differences(_trained(found), _trained(resumed)) == []
+    drafted = ["speculation/drafted" in line for line in _steps(resumed)]
+    assert set(drafted) == {True, False}
 
 
 STAGE_PAIRS = [

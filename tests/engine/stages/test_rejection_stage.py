@@ -132,7 +132,7 @@ def test_prompts_and_samples_are_new_ones_at_every_step(config, monkeypatch):
     seen = []
     original = rejection.rollout
     monkeypatch.setattr(
-        rejection, "rollout", lambda *args: seen.append(original(*args)) or seen[-1]
+        rejection, "rollout", lambda *args, **more: seen.append(original(*args, **more)) or seen[-1]
     )
     # two passes over the 12 prompts, by the same weights
     train_rejection(config(steps=4, optim=OptimConfig(lr=1e-12)))
@@ -205,8 +205,8 @@ def test_resume_continues_bitwise(config, lora, device):
         patch.setattr(
             rejection,
             "rollout",
-            lambda *a: (
-                original(*a)
+            lambda *a, **more: (
+                original(*a, **more)
                 if next(calls, None) is not None
                 else (_ for _ in ()).throw(KeyboardInterrupt)
             ),

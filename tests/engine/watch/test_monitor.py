@@ -208,7 +208,7 @@ def test_evaluation_uses_request_ids_of_its_own_and_the_same_draws(make):
     seen = []
     original = HybridActor.generate
 
-    def generate(self, prompts, params=None, request_ids=None, finished=None):
+    def generate(self, prompts, params=None, request_ids=None, finished=None, drafts=None):
         outs = original(self, prompts, params, request_ids)
         seen.append(
             (
