@@ -62,6 +62,12 @@ from fusedrl.engine.policy.objectives import (
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
+from fusedrl.engine.rewards.environments import (
+    EnvironmentReward,
+    Environments,
+    environments_of,
+)
+from fusedrl.engine.rewards.functions import Reward
 from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
@@ -104,13 +110,13 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     _check(config, needs)
     judged = [config.data] + ([config.evaluation.data] if config.evaluation is not None else [])
     functions = load_functions((*config.reward, *config.monitor_reward), *judged)
-    seed_generators(config.run.seed)
     parts = _load(config, needs, ranks, functions)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
     with parts.workers, Run(config, config.steps, ranks) as run:
         _announce(config, needs, run)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
-        monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
+        judges, games = (parts.rewards, parts.gold), parts.environments
+        monitor = Monitor(config, actor, parts.reference, *judges, run, games)
         longest = max(longest_of(prompts), monitor.longest)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
         run.restore(
@@ -127,14 +133,8 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
         for step in range(run.start, config.steps):
             learns = step >= config.critic_warmup
             with run.time("generate_and_reward"):
-                experience = rollout(
-                    actor,
-                    partial(_draw, prompts, config, control),
-                    parts.rewards,
-                    config,
-                    greedy=needs == "greedy",
-                    gold=parts.gold,
-                )
+                draw, greedy = partial(_draw, prompts, config, control), needs == "greedy"
+                experience = rollout(actor, draw, *judges, config, games, greedy=greedy)
             batch = experience.batch
             if config.mask_truncated_completions:
                 batch = batch.with_columns(loss_mask=experience.whole())
@@ -172,6 +172,7 @@ class _Parts:
     reference: Reference | None
     rewards: RewardSet
     gold: RewardSet | None
+    environments: Environments | None
     workers: Workers
     learner: Learner
     critic: TrainedCritic | None
@@ -233,9 +234,15 @@ def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
 
 
 def _load(
-    config: PolicyConfig, needs: str | None, ranks: Ranks, functions: Sequence[Any]
+    config: PolicyConfig,
+    needs: str | None,
+    ranks: Ranks,
+    functions: Sequence[Any],
 ) -> _Parts:
     """Load all models; `functions` are the rewards, as `load_functions` returns them."""
+    workers = Workers(config.reward_workers, config.reward_timeout)
+    environments = environments_of(config, workers)
+    seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(
         config.model,
         dtype=config.dtype,
@@ -255,15 +262,20 @@ def _load(
             "config: kl.estimator full reads logits that are not capped, and this model caps its "
             "own; use k2 or k3"
         )
-    workers, load = reward_loader(config, actor)
-    judges = [load(one) for one in functions]
-    rewards = RewardSet(judges[: len(config.reward)], config.reward_weights, ranks)
+    load = reward_loader(workers, actor)
+    judges: list[Reward] = [load(one) for one in functions]
+    counted, weights = judges[: len(config.reward)], config.reward_weights
+    if environments is not None:
+        weights = (*(weights or (1.0,) * len(counted)), 1.0)
+        counted = [*counted, EnvironmentReward(environments)]
+    rewards = RewardSet(counted, weights, ranks)
     gold = judges[len(config.reward) :]
     return _Parts(
         actor,
         reference,
         rewards,
         RewardSet(gold, ranks=ranks) if gold else None,
+        environments,
         workers,
         Learner(actor, config.optim, ranks=ranks),
         critic_of(config, actor),

@@ -24,6 +24,7 @@ from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
+from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, reward_loader, rollout
@@ -73,7 +74,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    workers, load = reward_loader(config, actor)
+    load = reward_loader(workers := Workers(config.reward_workers, config.reward_timeout), actor)
     rewards = RewardSet([load(one) for one in functions], config.reward_weights, ranks)
     learner = Learner(actor, config.optim, ranks=ranks)
     with workers, Run(config, config.steps, ranks) as run:
@@ -94,7 +95,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
                 return prompts.draw(config.run.seed, first, first + count), first
 
             with run.time("generate_and_reward"):
-                experience = rollout(actor, draw, rewards, config)
+                experience = rollout(actor, draw, rewards, None, config)
             kept = best(experience, config.keep, config.min_score)
             with run.time("train"), actor.lend_cache():
                 metrics = (

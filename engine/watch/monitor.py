@@ -23,6 +23,7 @@ from fusedrl.engine.config import EvaluationConfig, PolicyConfig
 from fusedrl.engine.data.readers import ReadOptions, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.policy.advantages import find_advantage
+from fusedrl.engine.rewards.environments import Environments
 from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
@@ -40,6 +41,7 @@ class Monitor:
     Args:
         rewards: the rewards that the policy is trained on.
         gold: the rewards that are only measured.
+        environments: what answers the policy's turns, in runs with an environment.
     Raises:
         DataError, ConfigError, FileNotFoundError: the held-out prompts cannot be used.
     """
@@ -52,12 +54,15 @@ class Monitor:
         rewards: RewardSet,
         gold: RewardSet | None,
         run: Run,
+        environments: Environments | None = None,
     ) -> None:
         self._config, self._run = config, run
         self._held_out = (
             None
             if config.evaluation is None
-            else HeldOut(config, config.evaluation, actor, reference, rewards, gold, run)
+            else HeldOut(
+                config, config.evaluation, actor, reference, rewards, gold, run, environments
+            )
         )
         self._detector: Detector | None = None
         if config.alarm.action != "off":
@@ -214,7 +219,9 @@ class HeldOut:
         rewards: RewardSet,
         gold: RewardSet | None,
         run: Run,
+        environments: Environments | None = None,
     ) -> None:
+        self._environments = environments
         self._config, self._evaluation, self._actor, self._reference, self._run = (
             config,
             evaluation,
@@ -267,6 +274,8 @@ class HeldOut:
                 samples=samples,
                 request_ids=range(-1, -1 - count, -1),
                 tokens_per_forward=config.tokens_per_microbatch,
+                environments=self._environments,
+                turns=config.turns,
             )  # a rollout's ids are 0 and above
         shown = []
         for index, example in enumerate(self._prompts[: self._evaluation.show]):

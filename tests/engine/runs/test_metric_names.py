@@ -43,6 +43,15 @@ def huge(prompts, completions, completion_ids, **columns):
     return [3e38 * (-1) ** i for i in range(len(completions))]
 """
 
+GAME = """
+class Game:
+    def reset(self, row):
+        return None
+
+    def step(self, completion):
+        return "w1", 1.0, False, {"asked": 1}
+"""
+
 
 def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
     """Of the tables under these headings: the names as they stand there, and what they stand
@@ -56,7 +65,7 @@ def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
                         re.escape(name)
                         .replace("<name>", "[^/]+")
                         .replace("<k>", r"\d+")
-                        .replace("<phase>", "(?!step|peak|reward_wait)[a-z_]+")
+                        .replace("<phase>", "(?!step|peak|reward_wait|environment_wait)[a-z_]+")
                     )
                     found[name] = re.compile(
                         text + ("(_stderr)?" if name.startswith("eval_") else "")
@@ -129,6 +138,8 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
         correction=CorrectionConfig("truncated", off_policy_delta=0.1),
     )
     names |= run("replayed", ["likes_w3"], replay=ReplayConfig(), steps=2)
+    (tmp_path / "game.py").write_text(GAME, encoding="utf-8")
+    names |= run("played", [], environment=f"{tmp_path / 'game.py'}:Game")
     return (
         names
         | run("watched", ["binary"], reward_workers=1, **watched)
