@@ -17,7 +17,7 @@ class TurnsConfig:
 
     Args:
         max_turns: most turns of the policy. A trajectory that is not done then is cut off.
-        max_new_tokens: most tokens of the policy in all its turns; None: max_turns times those of
+        max_total_tokens: most tokens of the policy in all its turns; None: max_turns times those of
             one turn.
         max_length: most tokens of a trajectory, prompt and observations included; None takes the
             model's positions. The cache is sized for it.
@@ -35,7 +35,7 @@ class TurnsConfig:
     """
 
     max_turns: int = 8
-    max_new_tokens: int | None = None
+    max_total_tokens: int | None = None
     max_length: int | None = None
     credit: Literal["trajectory", "turn", "state"] = "trajectory"
     gamma: float = 1.0
@@ -48,7 +48,11 @@ class TurnsConfig:
             self,
             "turns",
             ("max_turns", self.max_turns >= 1, ">= 1"),
-            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, ">= 1"),
+            (
+                "max_total_tokens",
+                self.max_total_tokens is None or self.max_total_tokens >= 1,
+                ">= 1",
+            ),
             ("max_length", self.max_length is None or self.max_length >= 2, ">= 2"),
             ("credit", self.credit in kinds, f"one of {', '.join(kinds)}"),
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),

@@ -226,7 +226,7 @@ class _Table:
         self._limits, self._ended = limits, ended
         positions = actor.decoder.config.max_positions
         self._longest = min(limits.max_length or positions, positions)
-        self._most = limits.max_new_tokens or limits.max_turns * params.max_new_tokens
+        self._most = limits.max_total_tokens or limits.max_turns * params.max_new_tokens
         self._asked: list[_Trajectory] = []
         self._call = actor.open_call()
         self._drawing: dict[int, _Trajectory] = {}

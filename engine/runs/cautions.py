@@ -46,20 +46,25 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     """List the bounds that apply to a run whose weights have this dtype."""
     if not isinstance(config, SamplingConfig):
         return []
+    limit = f"generation.max_new_tokens = {config.generation.max_new_tokens}"
+    what, texts = f"completions are cut off at {limit}", "texts"
+    if isinstance(config, PolicyConfig) and config.plays:
+        limit = f"turns.max_turns = {config.turns.max_turns}"
+        what, texts = f"trajectories are ended by a limit ({limit}, or another)", "trajectories"
     found = [
         Bounds(
             "completions/clipped_ratio",
             CUT_OFF_STEPS,
-            "{value:.0%} of the completions are cut off at generation.max_new_tokens = "
-            f"{config.generation.max_new_tokens}, so that most rewards judge texts without an end; "
-            "raise it, or set missing_eos_penalty; where texts are not meant to end, all is well",
+            f"{{value:.0%}} of the {what}, so that most rewards judge {texts} without an end; "
+            f"raise it, or set missing_eos_penalty; where {texts} are not meant to end, all is "
+            "well",
             high=MOST_CUT_OFF,
         )
     ]
     if not isinstance(config, PolicyConfig):
         return found
     if config.mask_truncated_completions:
-        found.append(_all_left_out(config.generation.max_new_tokens))
+        found.append(_all_left_out(limit))
     found += [
         Bounds(
             "val/explained_variance",
@@ -99,13 +104,12 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     return found
 
 
-def _all_left_out(max_new_tokens: int) -> Bounds:
+def _all_left_out(limit: str) -> Bounds:
     return Bounds(
         "completions/clipped_ratio",
         1,
         "all completions are cut off, and mask_truncated_completions leaves them out, so that "
-        f"nothing is trained; raise generation.max_new_tokens = {max_new_tokens}, or leave that "
-        "option out",
+        f"nothing is trained; raise {limit}, or leave that option out",
         high=1 - 1e-9,
     )
 

@@ -181,7 +181,12 @@ class FlatRewards:
             if beyond
             else []
         )
-        if metrics.get("completions/clipped_ratio") == 1.0:
+        if metrics.get("completions/clipped_ratio") == 1.0 and "turns/mean" in metrics:
+            causes.append(
+                "every trajectory is ended by a limit, perhaps before it earns anything: raise "
+                "turns.max_turns"
+            )
+        elif metrics.get("completions/clipped_ratio") == 1.0:
             causes.append(
                 "every completion is cut off, perhaps before its answer: raise "
                 f"generation.max_new_tokens ({self._max_new_tokens})"

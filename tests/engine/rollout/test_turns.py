@@ -297,7 +297,7 @@ def test_values_of_a_value_head_are_of_actions(tiny_model, games):
     [
         (TurnsConfig(max_turns=3), 3, 18),
         (TurnsConfig(max_turns=1), 1, 6),
-        (TurnsConfig(max_turns=50, max_new_tokens=8), None, 8),
+        (TurnsConfig(max_turns=50, max_total_tokens=8), None, 8),
         (TurnsConfig(max_turns=50, max_length=20), None, 17),
         (TurnsConfig(max_turns=50), None, 60),  # the model's 64 positions
     ],

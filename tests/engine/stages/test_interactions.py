@@ -37,7 +37,12 @@ from fusedrl.engine.model.wide import narrow_products
 
 pytestmark = [pytest.mark.cpu_only("runs are held to bits, which is promised on a CPU")]
 
-SAMPLES_DIFFER = {"bfloat16", "refill", "top_p"}  # from the plain run's, in the first step already
+SAMPLES_DIFFER = {
+    "bfloat16",
+    "refill",
+    "top_p",
+    "environment",
+}  # from the plain run's, in the first step already
 OFFSET = 7.0
 MORTAL = """
 import functools, os

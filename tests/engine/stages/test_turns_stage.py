@@ -350,7 +350,7 @@ def test_options_that_do_not_fit_are_refused(options, message, config):
     "options",
     [
         {"max_turns": 0},
-        {"max_new_tokens": 0},
+        {"max_total_tokens": 0},
         {"max_length": 1},
         {"credit": "token"},
         {"gamma": 1.5, "credit": "turn"},
@@ -416,6 +416,6 @@ def test_two_ranks_make_the_same_run_as_one(workers, config, tmp_path):
             timeout=500,
         )
         found.append(load_file(f"{run}/model/model.safetensors"))
-        rows.append(rows_of(replace(one, run=replace(one.run, dir=run))))
+        rows.append(rows_of(replace(one, run=replace(one.run, dir=run)), ("parallel/",)))
     assert same(*found)
     assert rows[0] == rows[1]
