@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.harness import RESULTS
 from bench.tables import replace_between
 
-STUDIES = ("frontier", "ablation", "hacking", "arithmetic", "distillation")
+STUDIES = ("frontier", "ablation", "hacking", "arithmetic", "distillation", "guessing")
 NAMED = (*STUDIES, "word_problems")  # all that there are
 PAGE = RESULTS.parents[1] / "docs" / "results.md"
 

@@ -38,6 +38,13 @@ class Completion:
     values: list[float] | None = None
     kept: list[Sequence[int]] | None = None
 
+    @property
+    def actions(self) -> list[int]:
+        """Ids of the tokens that the policy chose."""
+        if self.action_mask is None:
+            return self.token_ids
+        return [t for t, chosen in zip(self.token_ids, self.action_mask, strict=True) if chosen]
+
     def extend(self, token_ids: Sequence[int], weights_version: int = 0) -> Completion:
         """Return this completion followed by observation tokens (a tool's answer, the user's next
         turn), which are not actions."""

@@ -58,6 +58,27 @@ def generators_kept() -> Iterator[None]:
         set_generator_states(before)
 
 
+def seed_on_cpu(seed: int) -> None:
+    """Seed the generators as `seed_generators` does, without those of GPUs, which takes a
+    hundredth of the time."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def generators_apart() -> Iterator[None]:
+    """Do what `generators_kept` does, without making tensors of the states; for many short
+    blocks."""
+    before = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
 def _some(number: float | None) -> Tensor:
     """Return the stored second number of a pair of normal draws, or nothing if none is stored."""
     return torch.tensor([] if number is None else [number], dtype=torch.float64)

@@ -41,6 +41,7 @@ _PER_TOKEN = (
     "weights",
     "token_rewards",
     "weights_versions",
+    "turn_states",
 )
 _PER_SEQUENCE = (
     "scores",
@@ -118,7 +119,8 @@ class PackedBatch:
     The other columns are optional: bool [N] loss_mask, the actions that the loss is over (None: all
     of them), and held, the actions that it holds near the policy of the rollout; float32 [N]
     log-probabilities, entropies, values, advantages, returns, loss weights and token rewards,
-    int64 [N] weights_versions, float32 [B] scores and scores of the same
+    int64 [N] weights_versions, int64 [N] turn_states, equal at turns that answer equal
+    observations, float32 [B] scores and scores of the same
     prompt's greedy completion, int64 [B] group_ids, equal for sequences of the same prompt, float32
     [B, K] reward_parts, what `scores` are the weighted sum of (NaN: does not apply), float32 [B]
     token_totals, the part of a score that accrued at single tokens, bool [B] cut_off, sequences
@@ -149,6 +151,7 @@ class PackedBatch:
     weights: Tensor | None = None
     token_rewards: Tensor | None = None
     weights_versions: Tensor | None = None
+    turn_states: Tensor | None = None
     scores: Tensor | None = None
     group_ids: Tensor | None = None
     greedy_scores: Tensor | None = None

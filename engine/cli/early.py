@@ -46,7 +46,22 @@ def check_run(config: StageConfig, *, functions: bool = True) -> None:
     judged = [config.data, getattr(getattr(config, "evaluation", None), "data", None)]
     rewards = (*getattr(config, "reward", ()), *getattr(config, "monitor_reward", ()))
     check_rewards(rewards, judged)
+    _check_environment(config)
     check_models(models)
+
+
+def _check_environment(config: Any) -> None:
+    """Load the environment or the tools of a run. Errors are those of `Host` and `load_tool`."""
+    if not getattr(config, "plays", False):
+        return
+    from fusedrl.engine.rewards.hosted import Host
+    from fusedrl.engine.rewards.tools import load_tool, parser_of
+
+    if config.environment is not None:
+        Host({"environment": config.environment})
+    for tool in config.tools:
+        load_tool(tool)
+    parser_of(config.turns.tool_parser)
 
 
 def check_models(paths: Iterable[str | None]) -> None:

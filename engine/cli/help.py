@@ -14,7 +14,15 @@ from fusedrl.engine.cli.values import group_of, keys_of
 from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
 
 COMMON = {  # what --help shows, where a stage has it; --help-all shows all
-    "what": ("model", "reference_model", "data", "reward", "critic.model", "run.dir"),
+    "what": (
+        "model",
+        "reference_model",
+        "data",
+        "reward",
+        "environment",
+        "critic.model",
+        "run.dir",
+    ),
     "how much": (
         "epochs",
         "steps",

@@ -340,16 +340,17 @@ def parse_config(
         "--config", action="config", help="YAML file with these options; the command line beats it"
     )
     parser.add_class_arguments(cls)
-    parser.set_defaults(dict(defaults or {}) | fixed_of(stage))
-    trees = [] if tree is None else [json.dumps(tree)]
-    trees += [
-        json.dumps(
-            read_yaml(file, known, partial(_hint, stage=stage, known=known, dashes="")), default=str
-        )
-        for file in files
-    ]
+    trees: list[Any] = [] if tree is None else [tree]
+    hint = partial(_hint, stage=stage, known=known, dashes="")
+    trees += [read_yaml(file, known, hint) for file in files]
+    played = any(isinstance(one, Mapping) and one.get("environment") for one in trees) or any(
+        option.startswith("--environment=") for option in options
+    )  # an environment rewards
+    usual: dict[str, Any] = {"reward": []} if played and "environment" in known else {}
+    parser.set_defaults(usual | dict(defaults or {}) | fixed_of(stage))
     try:
-        parsed = parser.parse_args([f"--config={tree}" for tree in trees] + options)
+        configs = [f"--config={json.dumps(one, default=str)}" for one in trees]
+        parsed = parser.parse_args(configs + options)
         parsed.pop("config", None)
         values = parser.instantiate(parsed)
         if values.get("algorithm", stage) != stage and stage in ALGORITHMS:
@@ -377,9 +378,9 @@ def _sort_options(
     argv: list[str], stage: str, known: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
     """Split arguments into (configuration files, options), so that the files can be read first; all
-    --reward options become one list."""
+    --reward options become one list, all --tools another."""
     files: list[str] = []
-    rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
+    rewards: dict[str, list[str]] = {name: [] for name in ("reward", "monitor_reward", "tools")}
     options: list[str] = []
     index, name = 0, ""
     while index < len(argv):
@@ -422,7 +423,7 @@ def _sort_options(
                 index += follows
             if name == "config":
                 files.append(value)
-            elif name in rewards:
+            elif name in rewards and name in known:
                 rewards[name] += (
                     json.loads(value) if value.startswith("[") and _is_list(value) else [value]
                 )

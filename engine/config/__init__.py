@@ -22,6 +22,7 @@ from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
 from fusedrl.engine.config.parts import CriticConfig, KLConfig, PenaltyConfig, PtxConfig, TRPOConfig
 from fusedrl.engine.config.policy import PolicyConfig
 from fusedrl.engine.config.rejection import RejectionConfig
+from fusedrl.engine.config.turns import TurnsConfig
 
 __all__ = [
     "AlarmConfig",
@@ -45,4 +46,5 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "TRPOConfig",
+    "TurnsConfig",
 ]

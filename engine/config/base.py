@@ -503,6 +503,11 @@ class SamplingConfig:
     max_invalid_fraction: float = 0.1
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
+    @property
+    def plays(self) -> bool:
+        """Whether an environment answers the policy's turns and rewards them."""
+        return False
+
     def check_sampling(self) -> None:
         """Raise ConfigError unless the options of these stages are in range."""
         rewards = len(self.reward)
@@ -516,7 +521,7 @@ class SamplingConfig:
             ("minibatches", self.minibatches >= 1, ">= 1"),
             (
                 "reward",
-                rewards >= 1,
+                rewards >= 1 or self.plays,
                 "at least one file.py:function, reward-model directory or ready reward",
             ),
             (

@@ -17,6 +17,7 @@ from fusedrl.engine.config.parts import (
     PtxConfig,
     TRPOConfig,
 )
+from fusedrl.engine.config.turns import TurnsConfig
 
 # objectives whose terms are of single tokens, and 0 where the advantage is
 _OF_TOKENS = ("reinforce", "importance", "ppo_clip", "dual_clip", "dapo", "cispo", "sapo")
@@ -73,6 +74,12 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             critic alone at first; critic.model makes it a separate model, saved in <run>/critic.
         evaluation: evaluate on held-out prompts during training; evaluation.data turns it on.
         alarm: what to do about signs of reward hacking.
+        environment: file.py:NAME of a class with `reset` and `step`, which answers the policy's
+            turns and rewards them (docs/guide.md); its rewards are added to those of `reward`,
+            which may be left out. It runs in the reward_workers, if there are any.
+        tools: file.py:NAME of functions that the policy may call in its turns. The rewards are
+            those of `reward`.
+        turns: how long trajectories may be, and what a turn is credited with.
     """
 
     model: str
@@ -105,6 +112,9 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
     trpo: TRPOConfig = field(default_factory=TRPOConfig)
     evaluation: EvaluationConfig | None = None
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
+    environment: str | None = None
+    tools: tuple[str, ...] = ()
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
@@ -120,6 +130,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         self._check_objective()
         if self.advantage == "online_dpo":
             self._check_pairs()
+        self._check_turns()
 
     def _fill(self) -> None:
         """Take the algorithm's values for options that were not set."""
@@ -385,6 +396,58 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             ),
         )
 
+    def _check_turns(self) -> None:
+        """Check options of trajectories, and those that are about single completions."""
+        grouped = self.advantage in ("grpo", "dr_grpo", "rloo")
+        check(
+            self,
+            "",
+            (
+                "tools",
+                not self.tools or self.environment is None,
+                "to be left out with an environment, which may call tools itself",
+            ),
+            (
+                "reward",
+                bool(self.reward) or not self.tools,
+                "at least one with tools, whose results are not rewarded",
+            ),
+            (
+                "turns",
+                self.turns == TurnsConfig() or self.plays,
+                "only together with environment or tools",
+            ),
+            (
+                "turns.credit",
+                self.turns.credit == "trajectory" or grouped,
+                "trajectory with an advantage other than grpo, dr_grpo and rloo (methods with a "
+                f"critic have the reward of each turn at its end); this one is {self.advantage}",
+            ),
+        )
+        if not self.plays:
+            return
+        check(
+            self,
+            "",
+            (
+                "overlong_buffer",
+                self.overlong_buffer == 0,
+                "0 with environment or tools: max_new_tokens is of one turn there",
+            ),
+            (
+                "loss.advantage",
+                ADVANTAGES.get(self.advantage) != "greedy",
+                "another one than remax with environment or tools: a greedy trajectory would have "
+                "to be played, too",
+                self.advantage,
+            ),
+        )
+
+    @property
+    def plays(self) -> bool:
+        """Whether an environment answers the policy's turns and rewards them."""
+        return self.environment is not None or bool(self.tools)
+
     @property
     def title(self) -> str:
         """Name of the run on the terminal."""
@@ -463,7 +526,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
     def idle_choices(self) -> tuple[str, ...]:
         """List those of `idle_bounds` that were chosen: by default they have another value, or an
         effect."""
-        usual = PolicyConfig(self.model, self.data, self.reward, self.algorithm)
+        usual = PolicyConfig(self.model, self.data, self.reward or ("none",), self.algorithm)
         return tuple(one for one in self.idle_bounds if one not in usual.idle_bounds)
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from fusedrl.engine.config.base import SamplingConfig, StageConfig, check
+from fusedrl.engine.config.turns import TurnsConfig
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,8 @@ class RejectionConfig(StageConfig, SamplingConfig):
     @property
     def refill_tries(self) -> int:
         return 0
+
+    @property
+    def turns(self) -> TurnsConfig:
+        """Usual options: completions are of one turn here."""
+        return TurnsConfig()

@@ -15,13 +15,21 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusedrl.engine.base.errors import DataError
-from fusedrl.engine.data.records import Demonstration, Dialogue, Prompt, PromptExample, Tools
+from fusedrl.engine.data.records import (
+    Demonstration,
+    Dialogue,
+    Messages,
+    Prompt,
+    PromptExample,
+    Tools,
+)
 from fusedrl.engine.data.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+_MARK = "\ue000turn\ue001"  # characters that no text has
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,49 @@ def encode_completion(
     return (_ids(tokenizer, text, special=False) if first else _continued(tokenizer, text)) + [
         eos_id
     ]
+
+
+def encode_turn(
+    tokenizer: PreTrainedTokenizerBase | None,
+    before: Messages,
+    turn: str | Messages,
+    last: int | None,
+    tools: Tools | None = None,
+) -> list[int]:
+    """Return the ids between one turn of the model and its next: what ends its turn, if it did not
+    end it itself, the messages of others, and what prompts the model again. A text is tokenised
+    as it is.
+
+    The chat template renders the conversation with a mark in place of the model's turn; what stands
+    behind the mark is tokenised. So the ids that the model drew are never tokenised anew, and what
+    the template makes of earlier turns has no effect.
+
+    Args:
+        before: the messages before the model's turn.
+        turn: those behind it.
+        last: the id with which the model ended its turn; None if it was cut off.
+    Raises:
+        DataError: there is no tokenizer or no chat template, or the template refuses the messages
+            or does not print the model's turn once.
+    """
+    if tokenizer is None:
+        raise no_tokenizer()
+    if isinstance(turn, str):
+        return _continued(tokenizer, turn)
+    _needs_template(tokenizer)
+    marked: Messages = [*before, {"role": "assistant", "content": _MARK}, *turn]
+    text = render(tokenizer, marked, tools, add_generation_prompt=True)
+    if text.count(_MARK) != 1:
+        raise DataError(
+            "expected the chat template to print the content of an assistant's message once, got "
+            f"it {text.count(_MARK)} times; turns of a trajectory cannot be told apart"
+        )
+    ids = _continued(tokenizer, text.partition(_MARK)[2])
+    if last is not None and last in ids:
+        end = ids.index(last)
+        if not str(tokenizer.decode(ids[:end])).strip():
+            return ids[end + 1 :]
+    return ids
 
 
 def encode_dialogue(

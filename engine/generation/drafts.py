@@ -27,6 +27,8 @@ from torch import Tensor
 
 from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.errors import CheckpointError
+from fusedrl.engine.config import GenerationConfig
+from fusedrl.engine.model.step import rows_alone
 
 _CONTEXTS = (8, 4, 3, 2, 1)  # tokens of a context, the longest first
 # before any guess was tried: its chance over the share of its continuation, by context. Measured on
@@ -251,3 +253,22 @@ class Drafts:
 
 def _digest(prompt_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=16).digest()
+
+
+# ---- of a run ------------------------------------------------------------------------------------
+def drafts_of(
+    generation: GenerationConfig, device: torch.device, plays: bool = False
+) -> Drafts | None:
+    """Return what a stage's rollouts guess next tokens from; None without the option, or where
+    guesses cannot be used. `plays`: completions are trajectories, whose turns are not guessed."""
+    return Drafts() if generation.speculate and rows_alone(device) and not plays else None
+
+
+def warn_of_drafts(generation: GenerationConfig, drafts: Drafts | None) -> str:
+    """Return what to say where the option has no effect, or nothing."""
+    if not generation.speculate or drafts is not None:
+        return ""
+    return (
+        "generation.speculate has no effect here: it needs single completions, a CPU and the C++ "
+        "kernels (fusedrl doctor), where a row of a step does not depend on the rows beside it"
+    )

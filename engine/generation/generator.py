@@ -380,6 +380,28 @@ class Generator:
             ticket.closed = True
             self.abort(ticket)
 
+    def advance(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Finished]]:
+        """Compute a step for calls, unless completions of them have finished already, and return
+        those that have.
+
+        Raises:
+            RuntimeError: a step failed, here or in another call.
+        """
+        with self._turns:
+            self._sweep()
+            live = next((ticket for ticket in tickets if ticket.live), None)
+            if live is not None and not any(ticket.finished for ticket in tickets):
+                self._step(live, "counts")
+            out = [(ticket, done) for ticket in tickets for done in ticket.finished]
+            for ticket in tickets:
+                ticket.finished.clear()
+        if error := next((ticket.error for ticket in tickets if ticket.error is not None), None):
+            raise RuntimeError(
+                "generate: a step failed in another call on this actor, and the completions that "
+                f"were on the way are lost ({type(error).__name__}: {error})"
+            ) from error
+        return out
+
     def follow(self, prompt: Any, params: SamplingParams, request_id: int) -> Iterator[Drawing]:
         """Complete one prompt, and yield what each step adds. The arguments are checked at once.
         Closing the iterator early ends the completion."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -32,9 +32,10 @@ from torch import Tensor
 from fusedrl.engine.base.blame import blame, per_token, place_of
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.config import PolicyConfig, TurnsConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES, Needs, resolve
 from fusedrl.engine.policy.chance import beyond_chance
+from fusedrl.engine.policy.turn_credit import of_turns, turn_numbers
 from fusedrl.kernels.gae import (
     ShapedGAE,
     discounted_returns,
@@ -66,6 +67,7 @@ class Signals:
         reward_weights: weight of each of `batch.reward_parts`; None: 1 each.
         lam_critic: lambda of the returns that a critic learns; None: as for the advantages.
         lam_alpha: alpha of a lambda for each completion (`lam_of_length`); None: `lam`.
+        turns: what the turns of a trajectory are credited with.
         level: mean return of the first rollout. `settled` computes baseline and level for the first
             rollout itself, so that a constant added to all rewards changes no advantage. If rewards
             have moved since then, `settled` corrects both; they are then tensors [B].
@@ -83,6 +85,7 @@ class Signals:
     reward_weights: tuple[float, ...] | None = None
     lam_critic: float | None = None
     lam_alpha: float | None = None
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
 
     @classmethod
     def of(
@@ -106,9 +109,15 @@ class Signals:
             config.score_clip or None,
             baseline,
             level,
-            (*(config.reward_weights or (1.0,) * len(config.reward)), 1.0),  # 1: of penalties
+            # 1: of an environment, and of penalties
+            (
+                *(config.reward_weights or (1.0,) * len(config.reward)),
+                *((1.0,) if config.plays else ()),
+                1.0,
+            ),
             loss.lam_critic,
             loss.lam_alpha,
+            config.turns,
         )
 
     def settled(self, first: bool = True) -> tuple[Signals, float]:
@@ -318,6 +327,18 @@ class Signals:
         reduced_B = torch.segment_reduce(x_B.double()[order], reduce, lengths=counts)[inverse]
         return torch.empty_like(reduced_B).scatter(0, order, reduced_B)
 
+    def within_groups(self, method: str, eps: float = 0.0) -> Tensor:
+        """Return [N]: R compared with those of the group by `group_normalize`, at each token. Of
+        trajectories whose credit is by turn, what `turns.credit` says."""
+        turns, compare = self.turns, partial(group_normalize, method=method, eps=eps)
+        by_turn = partial(of_turns, self.batch, self.rewards, turns.gamma, compare)
+        if turns.credit == "turn":
+            return by_turn(turn_numbers(self.batch))
+        whole_N = self.per_token(compare(self.totals, self.group_ids).advantages)
+        if turns.credit == "trajectory":
+            return whole_N
+        return whole_N + turns.state_weight * by_turn(self.batch.column("turn_states"))
+
 
 AdvantageFunction = Callable[[Signals], Tensor | tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=AdvantageFunction)
@@ -521,21 +542,19 @@ def _remax(x: Signals) -> Tensor:
 @_built_in("grpo")
 def _grpo(x: Signals) -> Tensor:
     """Return (R - mean) / (std + eps) of the group; std has Bessel's correction."""
-    return x.per_token(
-        group_normalize(x.totals, x.group_ids, method="grpo", eps=GRPO_EPS).advantages
-    )
+    return x.within_groups("grpo", GRPO_EPS)
 
 
 @_built_in("dr_grpo")
 def _dr_grpo(x: Signals) -> Tensor:
     """R - mean of the group."""
-    return x.per_token(group_normalize(x.totals, x.group_ids, method="dr_grpo").advantages)
+    return x.within_groups("dr_grpo")
 
 
 @_built_in("rloo")
 def _rloo(x: Signals) -> Tensor:
     """Return R minus the mean R of the other completions in the group."""
-    return x.per_token(group_normalize(x.totals, x.group_ids, method="rloo").advantages)
+    return x.within_groups("rloo")
 
 
 @_built_in("opo")

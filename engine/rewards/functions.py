@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fusedrl.engine.base.blame import Invalid, Parameters, place_of, shown, told
 from fusedrl.engine.base.errors import RewardError, Stopped, no_such
-from fusedrl.engine.data.records import Prompt
+from fusedrl.engine.data.records import Messages, Prompt
 from fusedrl.engine.rewards.ready import READY, Ready, ready
 
 if TYPE_CHECKING:
@@ -52,13 +52,15 @@ LARGEST = 1e15  # largest absolute value of a reward
 @dataclass(frozen=True)
 class Rollout:
     """Input of a reward, with one entry per completion: prompts and completions, both as text (or
-    messages) and as token ids, and the other columns of the data."""
+    messages) and as token ids, and the other columns of the data. `earned`: of trajectories, what
+    their environment gave at each token (`EnvironmentReward`)."""
 
     prompts: Sequence[Prompt]
-    completions: Sequence[str]
+    completions: Sequence[str | Messages]
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
+    earned: Sequence[Any] | None = None
 
     def part(self, start: int, stop: int) -> Rollout:
         """Return the completions from `start` up to, not including, `stop`."""
@@ -68,6 +70,7 @@ class Rollout:
             self.prompt_ids[start:stop],
             self.completion_ids[start:stop],
             {name: column[start:stop] for name, column in self.columns.items()},
+            None if self.earned is None else self.earned[start:stop],
         )
 
 
@@ -158,8 +161,10 @@ class FunctionReward:
             RewardError: it needs a column that the data does not have.
         """
         completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)
+            [{"role": "assistant", "content": one}]
+            if isinstance(one, str) and not isinstance(prompt, str)
+            else one
+            for prompt, one in zip(rollout.prompts, own_copies(rollout.completions), strict=True)
         ]
         arguments = {
             "prompts": own_copies(rollout.prompts),

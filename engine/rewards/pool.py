@@ -12,6 +12,9 @@ was lost is replaced.
 Each process (`worker`) has a pipe for requests and one for answers, lines of JSON. A thread of this
 process hands out requests, one to a process at a time; of functions that are `async def` many. The
 order in which answers come depends on the processes, and what they are does not.
+
+Requests with a home, those of one trajectory, go to one process, which has its environment. If that
+process is lost, another takes its place.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -48,14 +51,19 @@ _FATAL = {"RewardError": RewardError, "SetupError": SetupError}
 
 @dataclass(eq=False)
 class _Request:
-    """A request on its way. `together`: whether it may run beside others in a process; `alone`: a
-    process was lost that had it and others, so it gets one of its own."""
+    """A request on its way. `together`: whether it may run beside others in a process; `home`: name
+    of what lives in one process, if any; `calls`: how many calls it takes in a process without
+    that; `ends`: whether it is the last for its home; `alone`: a process was lost that had it and
+    others, so it gets one of its own."""
 
     number: int
     line: bytes
     seconds: float
     together: bool
     future: Future[dict[str, Any]]
+    home: str = ""
+    calls: int = 1
+    ends: bool = False
     alone: bool = False
     deadline: float = 0.0
 
@@ -76,6 +84,7 @@ class Workers:
         self.processes, self.seconds = processes, seconds
         self._say = say or _to_standard_error
         self._rewards: list[str] = []
+        self._environment: Mapping[str, Any] | None = None
         self._lock = threading.Lock()
         self._new: deque[_Request] = deque()
         self._numbers = count(1)
@@ -91,8 +100,14 @@ class Workers:
         self._rewards.append(spec)
         return len(self._rewards) - 1
 
+    def add_environment(self, spec: Mapping[str, Any]) -> None:
+        """Have the processes load the environment that `hosted.Host` makes of `spec`."""
+        if self._thread is not None:
+            raise RuntimeError("Workers.add_environment: the processes have started")
+        self._environment = spec
+
     def __enter__(self) -> Workers:
-        if self._rewards:
+        if self._rewards or self._environment is not None:
             self._start()
         return self
 
@@ -110,7 +125,14 @@ class Workers:
             self._thread = thread
 
     def ask(
-        self, kind: str, request: dict[str, Any], *, together: bool = False, times: int = 1
+        self,
+        kind: str,
+        request: dict[str, Any],
+        *,
+        together: bool = False,
+        times: int = 1,
+        home: str = "",
+        calls: int = 1,
     ) -> Future[dict[str, Any]]:
         """Hand in a request. Its answer is {"value": ...}, or {"lost": reason}.
 
@@ -118,6 +140,9 @@ class Workers:
             request: JSON values.
             together: whether its function is `async def`.
             times: the request may take so many times as long as others.
+            home: requests with the same name go to the same process, up to one of the kind "end".
+            calls: with a home, the request may take so many times as long in a process that has
+                not had the earlier ones.
         Raises:
             RewardError, SetupError: no request can be answered any more. A future that waits
                 raises the same.
@@ -132,7 +157,8 @@ class Workers:
                 raise self._error
             if self._closing:
                 raise RuntimeError("Workers.ask: the processes have been ended")
-            self._new.append(_Request(number, line, seconds, together, future))
+            ends = kind == "end"
+            self._new.append(_Request(number, line, seconds, together, future, home, calls, ends))
         self._notify()
         return future
 
@@ -156,7 +182,7 @@ class Workers:
 
     # ---- the thread ------------------------------------------------------------------------------
     def _serve(self, reads: int) -> None:
-        hub = _Hub(self._rewards, self._say)
+        hub = _Hub(self._rewards, self._environment, self._say)
         hub.selector.register(reads, selectors.EVENT_READ, lambda: os.read(reads, _READ))
         try:
             while not self._closing:
@@ -188,6 +214,13 @@ class Workers:
                 request.future.set_exception(error)
 
 
+def named(environment: Mapping[str, Any] | None) -> list[str]:
+    """Return the users' files and names in the specification of an environment, file.py:NAME."""
+    if environment is None:
+        return []
+    return list(environment["tools"]) if "tools" in environment else [environment["environment"]]
+
+
 def _to_standard_error(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
@@ -196,9 +229,16 @@ def _to_standard_error(text: str) -> None:
 class _Hub:
     """All processes of a pool, and the requests that wait; its thread's alone."""
 
-    def __init__(self, rewards: list[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rewards: list[str],
+        environment: Mapping[str, Any] | None,
+        say: Callable[[str], None],
+    ) -> None:
         self.selector = selectors.DefaultSelector()
-        self._rewards, self._say = rewards, say
+        self._load = {"rewards": rewards, "environment": environment}
+        self._names = [*rewards, *named(environment)]
+        self._say = say
         self._processes: list[_Process] = []
         self._single: deque[_Request] = deque()
         self._many: deque[_Request] = deque()
@@ -217,21 +257,49 @@ class _Hub:
     def fill(self, processes: int) -> None:
         """Start processes until there are so many."""
         while len(self._processes) < processes:
-            self._processes.append(_Process(next(self._places), self.selector, self._rewards))
+            one = _Process(next(self._places), self.selector, self._load, self._names)
+            self._processes.append(one)
 
     def hand_out(self) -> None:
         """Give requests to processes that have room for them."""
-        free = [process for process in self._processes if process.idle]
-        while self._single and free:
-            free.pop().send(self._single.popleft())
+        kept = []
+        while self._single and (free := [one for one in self._processes if one.idle]):
+            request = self._single.popleft()
+            if not self._give(request, free):
+                kept.append(request)
+        self._single.extendleft(reversed(kept))
+        kept = []
         while self._many:
-            if self._many[0].alone:
-                fitting = [process for process in self._processes if process.idle]
-            else:
-                fitting = [process for process in self._processes if process.takes_more]
+            alone = self._many[0].alone
+            fitting = [p for p in self._processes if (p.idle if alone else p.takes_more)]
             if not fitting:
-                return
-            min(fitting, key=lambda one: len(one.requests)).send(self._many.popleft())
+                break
+            request = self._many.popleft()
+            if not self._give(request, fitting):
+                kept.append(request)
+        self._many.extendleft(reversed(kept))
+
+    def _give(self, request: _Request, fitting: list[_Process]) -> bool:
+        """Send a request to one of these processes, to its home if it has one. Return False if that
+        is not among them."""
+        if not request.home:
+            min(fitting, key=lambda one: len(one.requests)).send(request)
+            return True
+        home = next((one for one in self._processes if request.home in one.homes), None)
+        if home is None and request.ends:  # lost with its process
+            request.future.set_result({"value": None})
+            return True
+        if home is None and not all(one.ready for one in self._processes):
+            return False  # homes are spread over all processes
+        if home is not None and home not in fitting:
+            return False
+        calls = 1 if home is not None else request.calls
+        home = home or min(fitting, key=lambda one: (len(one.homes), len(one.requests)))
+        home.homes.add(request.home)
+        if request.ends:
+            home.homes.discard(request.home)
+        home.send(request, calls)
+        return True
 
     def wait(self) -> None:
         """Wait until a process has something to say, or one is late."""
@@ -256,8 +324,7 @@ class _Hub:
         process.close()
         if not process.ready:
             raise RewardError(
-                f"rewards: expected a worker process to load {', '.join(self._rewards)}, and "
-                f"{reason}"
+                f"rewards: expected a worker process to load {', '.join(self._names)}, and {reason}"
             )
         self._say(f"fusedrl: reward worker {process.place} is replaced: {reason}")
         if len(requests) == 1:
@@ -287,15 +354,23 @@ class _Process:
 
     Attributes:
         requests: those that it has, by number.
+        homes: names of what lives in it.
         ready: whether it has loaded its functions.
         ended: whether it is gone.
     """
 
-    def __init__(self, place: int, selector: selectors.BaseSelector, rewards: list[str]) -> None:
+    def __init__(
+        self,
+        place: int,
+        selector: selectors.BaseSelector,
+        load: Mapping[str, Any],
+        names: list[str],
+    ) -> None:
         self.place, self._selector = place, selector
         self.requests: dict[int, _Request] = {}
+        self.homes: set[str] = set()
         self.ready = self.ended = False
-        self._files = [os.path.abspath(spec.rpartition(":")[0]) for spec in rewards]
+        self._files = [os.path.abspath(spec.rpartition(":")[0]) for spec in names]
         self._ending: float | None = None  # when it is killed the hard way
         self._load_by, self._late = time.monotonic() + _START, ""
         self._status, self._answers, self._said, self._out = (bytearray() for _ in range(4))
@@ -321,7 +396,7 @@ class _Process:
             os.set_blocking(pipe, False)
             selector.register(pipe, selectors.EVENT_READ, partial(self._read, pipe, taken))
         os.set_blocking(self._requests_fd, False)
-        self._write(f"{json.dumps({'id': 0, 'kind': 'load', 'rewards': rewards})}\n".encode())
+        self._write(f"{json.dumps({'id': 0, 'kind': 'load', **load})}\n".encode())
 
     def _launch(self, requests: int, answers: int, said: int) -> subprocess.Popen[bytes]:
         passed = (requests, answers, self._trace.fileno())
@@ -357,9 +432,10 @@ class _Process:
             and all(one.together and not one.alone for one in self.requests.values())
         )
 
-    def send(self, request: _Request) -> None:
-        """Hand it a request."""
-        request.deadline = time.monotonic() + request.seconds + _GRACE * request.together
+    def send(self, request: _Request, calls: int = 1) -> None:
+        """Hand it a request, which takes so many calls there."""
+        seconds = request.seconds * calls
+        request.deadline = time.monotonic() + seconds + _GRACE * request.together
         self.requests[request.number] = request
         self._write(request.line)
 

@@ -37,7 +37,7 @@ import torch
 from fusedrl.engine.base.blame import Invalid, blame, shown
 from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.data.records import Prompt
+from fusedrl.engine.data.records import Messages, Prompt
 from fusedrl.engine.data.sources import Data
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.parallel.lanes import costs_of, deal
@@ -142,10 +142,11 @@ class RewardSet:
     def score(
         self,
         prompts: Sequence[Prompt],
-        completions: Sequence[str],
+        completions: Sequence[str | Messages],
         prompt_ids: Sequence[Sequence[int]],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        earned: Sequence[Any] | None = None,
         *,
         keys: Sequence[Key] | None = None,
         ahead: Ahead | None = None,
@@ -155,6 +156,7 @@ class RewardSet:
         is repeated n times).
 
         Args:
+            earned: of trajectories, what an EnvironmentReward among the rewards gives.
             keys: of each completion, what the draws of rewards in worker processes are seeded by;
                 by default its index.
             ahead: what completions were given to before, of this rank or of all.
@@ -164,7 +166,7 @@ class RewardSet:
             RewardError: a reward raised, or did not return one value per completion. The message
                 names the reward and the cause. Or too many failed in worker processes.
         """
-        rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {})
+        rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {}, earned)
         for what, column in (
             ("prompts", prompts),
             ("prompt_ids", prompt_ids),
@@ -373,6 +375,11 @@ def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[fl
         if number is None or reason:
             return Invalid(reason or "expected a number, got None in a list of rewards")
         numbers.append(number)
+    if steps and not isinstance(text, str):
+        return Invalid(
+            "expected a number for each token of a trajectory, got rewards of steps, whose ends "
+            "are counted in the characters of one text"
+        )
     if not steps:
         if len(numbers) != len(ids):
             return Invalid(
@@ -600,6 +607,12 @@ class ModelReward:
         for prompt, text, ids, schemas in zip(
             rollout.prompts, rollout.completions, rollout.completion_ids, tools, strict=True
         ):
+            if not isinstance(text, str):
+                raise RewardError(
+                    f"reward {self.name!r}: expected a reward model with the policy's tokenizer, "
+                    "to judge trajectories of several turns, got one with another; use a function, "
+                    "or a model of the same tokenizer"
+                )
             completion = encode_completion(self.tokenizer, text, self._eos, first=not prompt)
             ended = ends is None or (len(ids) > 0 and ids[-1] in ends)
             pairs.append(

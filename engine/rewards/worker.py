@@ -11,8 +11,9 @@ The process divides in two before anything of a user's is loaded:
     worker    reads requests, a line of JSON each, from the pipe REQUESTS, and writes an answer to
               each to ANSWERS. When it is killed or crashes, where it was goes to TRACE
 
-A request has an "id" and a "kind": "load" names the functions; "reward" calls one of them. What is
-printed goes to standard error.
+A request has an "id" and a "kind": "load" names the functions and the environment; "reward" calls
+one of the functions; "environment" asks the environment of a trajectory, and "end" drops it
+(`hosted`). What is printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -128,13 +129,19 @@ class Worker:
         self._rewards: list[Any] = []
         self._files: set[str] = set()
         self._loop: Any = None
+        self._host: Any = None
 
     def take(self, line: str) -> None:
         """Do what a request asks for, and answer it, now or when its function has come to an
         end."""
         request = json.loads(line)
         try:
-            kinds = {"load": self._load, "reward": self._reward}
+            kinds = {
+                "load": self._load,
+                "reward": self._reward,
+                "environment": self._environment,
+                "end": self._end,
+            }
             answer = kinds[request["kind"]](request, line)
         except BaseException as error:  # sys.exit in a user's function is one
             answer = self._failure(error)
@@ -178,6 +185,32 @@ class Worker:
 
         self._files = {os.path.abspath(spec.rpartition(":")[0]) for spec in request["rewards"]}
         self._rewards = [load_function(spec) for spec in request["rewards"]]
+        if request["environment"] is not None:
+            from fusedrl.engine.rewards.hosted import Host
+
+            self._host = Host(request["environment"])
+            self._files.update(self._host.places)
+        return {"value": None}
+
+    def _environment(self, request: dict[str, Any], line: str) -> dict[str, Any] | None:
+        from fusedrl.engine.rewards.hosted import Wrong, at_once, in_time
+
+        async def answered(coroutine: Any) -> dict[str, Any]:
+            try:
+                found = await coroutine
+            except Wrong as error:
+                return {"lost": str(error)}
+            return found if "lost" in found else {"value": found}
+
+        asked = self._host.answer(request, seed_libraries)
+        if not self._host.waits:
+            return at_once(answered(asked))
+        limit = request["seconds"] * self._host.calls(request)
+        self._later(request, answered(in_time(asked, limit)))
+        return None
+
+    def _end(self, request: dict[str, Any], line: str) -> dict[str, Any]:
+        self._host.end(request["trajectory"])
         return {"value": None}
 
     def _reward(self, request: dict[str, Any], line: str) -> dict[str, Any] | None:
@@ -185,19 +218,22 @@ class Worker:
 
         function = self._rewards[request["which"]]
         before = _loaded()
-        _seed(request["seed"])
+        seed_libraries(request["seed"])
         returned = function(**request["arguments"])
         if inspect.isawaitable(returned):
-            self._later(request, returned)
+            from fusedrl.engine.rewards.hosted import in_time
+
+            self._later(request, in_time(_valued(request, returned), request["seconds"]))
             return None
         if _loaded() != before:
             # the generators of a library that this call has loaded were not seeded, and another
             # worker's are, if it has loaded the library before
-            _seed(request["seed"])
+            seed_libraries(request["seed"])
             returned = function(**json.loads(line)["arguments"])
         return _values(returned, request)
 
     def _later(self, request: dict[str, Any], awaitable: Any) -> None:
+        """Answer a request when this, which gives the answer, has come to its end."""
         import asyncio
 
         if self._loop is None:
@@ -205,27 +241,26 @@ class Worker:
             threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
         async def run() -> None:
-            seconds, late = request["seconds"], False
             try:
-                async with asyncio.timeout(seconds) as limit:
-                    _seed(request["seed"])  # up to its first await the function is alone
-                    returned = await awaitable
-                answer = _values(returned, request)
+                answer = await awaitable
             except BaseException as error:
-                late = isinstance(error, TimeoutError) and limit.expired()
-                answer = (
-                    {"lost": f"took longer than {seconds:g} s"} if late else self._failure(error)
-                )
+                answer = self._failure(error)
             self._answer(request, answer)
 
         asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+
+async def _valued(request: dict[str, Any], awaitable: Any) -> dict[str, Any]:
+    """Wait for what a function returns, and return it as an answer."""
+    seed_libraries(request["seed"])  # up to its first await the function is alone
+    return _values(await awaitable, request)
 
 
 def _loaded() -> list[bool]:
     return [name in sys.modules for name in _LIBRARIES]
 
 
-def _seed(seed: int) -> None:
+def seed_libraries(seed: int) -> None:
     """Seed the random generators of this process, as far as their libraries are loaded."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:

@@ -13,7 +13,7 @@ from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts, without_template
 from fusedrl.engine.model.configuration import ModelConfig
-from fusedrl.engine.rollout.rollout import Prompt
+from fusedrl.engine.rollout.sampled import Prompt
 from fusedrl.engine.runs.run import Run
 
 

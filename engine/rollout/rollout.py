@@ -12,6 +12,7 @@ penalties for length and for a missing end: lengths alone do not make a group wo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,11 +27,10 @@ from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, RunConfig
-from fusedrl.engine.config.base import SamplingConfig
+from fusedrl.engine.config.turns import TurnsConfig
 from fusedrl.engine.generation.drafts import Drafts
-from fusedrl.engine.generation.generator import Finished
 from fusedrl.engine.generation.sampler import SamplingParams
-from fusedrl.engine.model.step import rows_alone
+from fusedrl.engine.rewards.environments import Environments
 from fusedrl.engine.rewards.functions import Reward
 from fusedrl.engine.rewards.functions import Rollout as Scorable
 from fusedrl.engine.rewards.pool import Workers
@@ -49,6 +49,8 @@ from fusedrl.engine.rollout.repetition import (
     longest_run,
     repeated_share,
 )
+from fusedrl.engine.rollout.sampled import Prompt, sample_prompts
+from fusedrl.engine.rollout.turns import Episode, Played, describe
 
 
 class RolloutConfig(Protocol):
@@ -73,16 +75,8 @@ class RolloutConfig(Protocol):
     def refill_tries(self) -> int: ...
     @property
     def max_invalid_fraction(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Prompt ready to generate from: its text or messages as in the data, its token ids, and the
-    other columns of its data row, which are passed to the rewards."""
-
-    prompt: Any
-    ids: list[int]
-    columns: dict[str, Any]
+    @property
+    def turns(self) -> TurnsConfig: ...
 
 
 @dataclass(frozen=True)
@@ -95,10 +89,12 @@ class Rollout:
     prompts: list[Prompt]
     completions: list[Completion]
     metrics: dict[str, float]
+    episodes: list[Episode | None] | None = None
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """Return the first `count` completions with their prompts and scores, as JSON values."""
-        return [
+        """Return the first `count` completions with their prompts and scores, as JSON values; of
+        trajectories with their messages."""
+        found = [
             {"prompt": p.prompt, "completion": c.text, "finish_reason": c.finish_reason, "score": s}
             for p, c, s in zip(
                 self.prompts[:count],
@@ -107,6 +103,10 @@ class Rollout:
                 strict=True,
             )
         ]
+        for sample, one in zip(found, self.episodes or (), strict=False):
+            if one is not None and one.messages and not isinstance(one.prompt, str):
+                sample["messages"] = one.messages
+        return found
 
     def cut_off(self) -> Tensor:
         """Return [B] bool: the completions that a limit of length ended."""
@@ -120,23 +120,19 @@ class Rollout:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the length and the score of every completion, for histograms."""
-        lengths = [len(completion.token_ids) for completion in self.completions]
+        lengths = [len(completion.actions) for completion in self.completions]
         return {
             "completions/length": np.array(lengths, dtype=np.float64),
             "reward": self.batch.column("scores").double().cpu().numpy(),
         }
 
 
-def reward_loader(
-    config: SamplingConfig, actor: HybridActor
-) -> tuple[Workers, Callable[[Specification], Reward]]:
-    """Return a configuration's worker processes, which a `with` starts, and what loads a reward of
-    the actor's completions, to run there if it is a function."""
-    workers = Workers(config.reward_workers, config.reward_timeout)
-    load = partial(
+def reward_loader(workers: Workers, actor: HybridActor) -> Callable[[Specification], Reward]:
+    """Return what loads a reward of the actor's completions, to run in the worker processes if it
+    is a function."""
+    return partial(
         load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer, workers=workers
     )
-    return workers, load
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
@@ -159,23 +155,6 @@ def params_of(generation: GenerationConfig, *, n: int, seed: int) -> SamplingPar
     )
 
 
-def drafts_of(generation: GenerationConfig, actor: HybridActor) -> Drafts | None:
-    """Return what a stage's rollouts guess next tokens from; None without the option, or where the
-    actor cannot use guesses."""
-    wanted = generation.speculate and rows_alone(actor.decoder.device)
-    return Drafts() if wanted else None
-
-
-def warn_of_drafts(generation: GenerationConfig, drafts: Drafts | None) -> str:
-    """Return what to say where the option has no effect, or nothing."""
-    if not generation.speculate or drafts is not None:
-        return ""
-    return (
-        "generation.speculate has no effect here: it needs a CPU and the C++ kernels (fusedrl "
-        "doctor), where a row of a step does not depend on the rows beside it"
-    )
-
-
 @dataclass(frozen=True)
 class Sample:
     """Completion with its rewards and score.
@@ -186,6 +165,7 @@ class Sample:
         score: the reward minus penalties.
         greedy_reward, greedy_score: the same of the greedy completion of the prompt; 0 without one.
         tokens: part of the weighted sum that accrued at each token; None if no reward is per token.
+        episode: the trajectory whose completion it is, in runs with an environment.
     """
 
     prompt: Prompt
@@ -197,6 +177,7 @@ class Sample:
     greedy_reward: float
     greedy_score: float
     tokens: list[float] | None
+    episode: Episode | None = None
 
     @property
     def parts(self) -> list[float]:
@@ -214,10 +195,11 @@ def rollout(
     actor: HybridActor,
     draw: Callable[[int], tuple[list[Prompt], int]],
     rewards: RewardSet,
+    gold: RewardSet | None,
     config: RolloutConfig,
+    environments: Environments | None = None,
     *,
     greedy: bool = False,
-    gold: RewardSet | None = None,
     drafts: Drafts | None = None,
 ) -> Rollout:
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
@@ -237,6 +219,8 @@ def rollout(
             samples of the prompt are invalid.
         gold: rewards that are only measured and reported, not trained on. Samples that such a
             reward cannot score are left out of its mean.
+        environments: what answers the policy's turns (`play`); None: a completion is one turn. A
+            trajectory whose environment fails is a sample without a valid reward.
         drafts: what next tokens are guessed from, and what is told of all completions.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
@@ -244,32 +228,55 @@ def rollout(
     samples: list[Sample] = []
     kept: list[Sample] = []
     invalid: list[tuple[int, str, str]] = []
-    remote: dict[str, float] = {}
+    remote: Counter[str] = Counter()
+    groups: list[list[Episode]] = []
+    waited = 0.0
     for _ in range(1 + config.refill_tries):
         prompts, first = draw(config.prompts_per_step - len({sample.group for sample in kept}))
-        found, scored = _generate(actor, prompts, rewards, config, first, greedy, drafts)
+        found, scored, played = _generate(
+            actor, prompts, rewards, config, first, greedy, environments, drafts
+        )
         invalid += [(len(samples) + index, name, reason) for index, name, reason in scored.invalid]
         samples += found
         _check_valid(samples, invalid, config, rewards)
         if rewards.runs_elsewhere:
-            for name, value in _of_workers(scored).items():
-                remote[name] = remote.get(name, 0.0) + value
-        flat = (
-            _flat((sample for sample in found if sample.valid), greedy, of="reward")
-            if config.refill_tries
-            else set()
-        )
-        kept += [sample for sample in found if sample.valid and sample.group not in flat]
+            remote.update(_of_workers(scored))
+        if played is not None:
+            groups, waited = groups + played.groups, waited + played.waited
+        fine = [sample for sample in found if sample.valid]
+        flat = _flat(fine, greedy, of="reward") if config.refill_tries else set()
+        kept += [sample for sample in fine if sample.group not in flat]
         if len({sample.group for sample in kept}) == config.prompts_per_step:
             break
-    kept = (
-        kept
-        or [sample for sample in samples if sample.valid][
-            : config.prompts_per_step * config.samples_per_prompt
-        ]
+    most = config.prompts_per_step * config.samples_per_prompt
+    kept = kept or [sample for sample in samples if sample.valid][:most]
+    batch = _packed(kept, config, greedy, actor.decoder.device)
+    metrics = _describe(samples, config, greedy) | _gold(gold, samples, config)
+    metrics |= remote
+    if drafts is not None:
+        metrics |= drafts.metrics()
+    if environments is not None:
+        metrics |= describe(groups, waited)
+    if config.refill_tries:
+        metrics |= {
+            "refill/generated_groups": float(len({s.group for s in samples})),
+            "refill/kept_groups": float(len({s.group for s in kept})),
+        }
+    return Rollout(
+        batch,
+        [s.prompt for s in kept],
+        [s.completion for s in kept],
+        metrics,
+        [s.episode for s in kept],
     )
+
+
+def _packed(
+    kept: Sequence[Sample], config: RolloutConfig, greedy: bool, device: torch.device
+) -> PackedBatch:
+    """Return the batch of samples, with the columns of a rollout."""
     batch = PackedBatch.from_completions(
-        [s.prompt.ids for s in kept], [[s.completion] for s in kept], device=actor.decoder.device
+        [s.prompt.ids for s in kept], [[s.completion] for s in kept], device=device
     )
     scores, greedy_scores = (
         torch.tensor(column, dtype=torch.float32)
@@ -285,15 +292,10 @@ def rollout(
         batch = batch.with_columns(token_rewards=moved, token_totals=token_totals)
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
-    metrics = _describe(samples, config, greedy) | _gold(gold, samples, config) | remote
-    if drafts is not None:
-        metrics |= drafts.metrics()
-    if config.refill_tries:
-        metrics |= {
-            "refill/generated_groups": float(len({s.group for s in samples})),
-            "refill/kept_groups": float(len({s.group for s in kept})),
-        }
-    return Rollout(batch, [s.prompt for s in kept], [s.completion for s in kept], metrics)
+    if config.turns.credit == "state":
+        states = [x for s in kept if s.episode is not None for x in s.episode.turn_states]
+        batch = batch.with_columns(turn_states=torch.tensor(states).to(batch.device))
+    return batch
 
 
 def _generate(
@@ -303,69 +305,88 @@ def _generate(
     config: RolloutConfig,
     first_request_id: int,
     greedy: bool,
+    environments: Environments | None,
     drafts: Drafts | None,
-) -> tuple[list[Sample], RewardScores]:
-    """Return completions with their rewards, and the scores as the rewards gave them."""
+) -> tuple[list[Sample], RewardScores, Played | None]:
+    """Return completions with their rewards, the scores as the rewards gave them, and trajectories
+    if there are any."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
     n, seed, ahead = config.samples_per_prompt, config.run.seed, rewards.ahead()
     names = sorted({name for prompt in prompts for name in prompt.columns})
 
-    def ask(done: Finished) -> None:
-        one, key = prompts[done.prompt], (seed, request_ids[done.prompt], done.sample)
+    def ask(
+        index: int, number: int, one: Prompt, completion: Completion, episode: Episode | None
+    ) -> None:
         if ahead is not None:
-            ahead.add(done.prompt * n + done.sample, scorable([(one, done.completion)], names), key)
+            key = (seed, request_ids[index], number)
+            ahead.add(index * n + number, scorable([(one, completion)], names, [episode]), key)
 
-    outs = actor.generate(
-        [p.ids for p in prompts],
+    found = sample_prompts(
+        actor,
+        prompts,
         sampling_params(config),
-        request_ids=request_ids,
-        finished=None if ahead is None else ask,
-        drafts=drafts,
+        request_ids,
+        environments,
+        config.turns,
+        None if ahead is None else ask,
+        drafts,
     )
-    flat = [
-        (prompt, completion)
-        for prompt, group in zip(prompts, outs, strict=True)
-        for completion in group
-    ]
+    flat = list(zip(found.prompts, found.completions, strict=True))
     actor.activity.begin(f"rewarding {len(flat)} completions")
-    scored = _score(rewards, flat, ahead=ahead, most_lost=config.max_invalid_fraction * len(flat))
-    best = [(0.0, 0.0)] * len(prompts)
-    if greedy:
-        single = actor.generate(
-            [p.ids for p in prompts],
-            replace(sampling_params(config), temperature=0.0, n=1),
-            request_ids=request_ids,
-            drafts=drafts,
-        )
-        pairs = [
-            (prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)
-        ]
-        best = [
-            (total, _placed(total, completion, config))
-            for total, (_, completion) in zip(
-                _score(rewards, pairs, [(seed, one, "greedy") for one in request_ids]).total,
-                pairs,
-                strict=True,
-            )
-        ]
-    groups = [number for number, group in enumerate(outs) for _ in group]
+    scored = _score(
+        rewards,
+        flat,
+        episodes=found.episodes,
+        ahead=ahead,
+        most_lost=config.max_invalid_fraction * len(flat),
+    )
+    best = (
+        _greedy_scores(actor, prompts, rewards, config, request_ids, drafts)
+        if greedy
+        else [(0.0, 0.0)] * len(prompts)
+    )
     samples = [
         Sample(
             prompt,
             completion,
-            request_ids[group],
+            request_ids[i // n],
             {name: values[i] for name, values in scored.per_reward.items()},
             scored.total[i],
             _placed(scored.total[i], completion, config),
-            *best[group],
+            *best[i // n],
             scored.tokens[i],
+            found.episodes[i],
         )
-        for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))
+        for i, (prompt, completion) in enumerate(flat)
     ]
-    return samples, scored
+    return samples, scored, found.played
 
 
-def _of_workers(scored: RewardScores) -> dict[str, float]:
+def _greedy_scores(
+    actor: HybridActor,
+    prompts: Sequence[Prompt],
+    rewards: RewardSet,
+    config: RolloutConfig,
+    request_ids: Sequence[int],
+    drafts: Drafts | None,
+) -> list[tuple[float, float]]:
+    """Return reward and score of each prompt's greedy completion."""
+    single = actor.generate(
+        [p.ids for p in prompts],
+        replace(sampling_params(config), temperature=0.0, n=1),
+        request_ids=request_ids,
+        drafts=drafts,
+    )
+    pairs = [(prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)]
+    keys = [(config.run.seed, one, "greedy") for one in request_ids]
+    totals = _score(rewards, pairs, keys).total
+    return [
+        (total, _placed(total, completion, config))
+        for total, (_, completion) in zip(totals, pairs, strict=True)
+    ]
+
+
+def _of_workers(scored: RewardScores) -> dict[str, Any]:
     """Return metrics of rewards in worker processes."""
     return {"reward_failures": float(scored.lost), "timing/reward_wait": scored.waited}
 
@@ -395,18 +416,25 @@ def _check_valid(
 
 
 def scorable(
-    flat: Sequence[tuple[Prompt, Completion]], names: Iterable[str] | None = None
+    flat: Sequence[tuple[Prompt, Completion]],
+    names: Iterable[str] | None = None,
+    episodes: Sequence[Episode | None] | None = None,
 ) -> Scorable:
     """Return completions as rewards are given them, with the columns `names` of the data, by
-    default all that a prompt has."""
+    default all that a prompt has. Trajectories are given as all their messages, and with what they
+    earned."""
     if names is None:
         names = sorted({name for prompt, _ in flat for name in prompt.columns})
+    played = episodes or [None] * len(flat)
     return Scorable(
         [p.prompt for p, _ in flat],
-        [c.text for _, c in flat],
+        [c.text if one is None else one.shown for (_, c), one in zip(flat, played, strict=True)],
         [p.ids for p, _ in flat],
         [c.token_ids for _, c in flat],
         {name: [prompt.columns.get(name) for prompt, _ in flat] for name in names},
+        None
+        if all(one is None for one in played)
+        else [None if one is None else one.earned for one in played],
     )
 
 
@@ -414,9 +442,10 @@ def _score(
     rewards: RewardSet,
     flat: Sequence[tuple[Prompt, Completion]],
     keys: Sequence[Key] | None = None,
+    episodes: Sequence[Episode | None] | None = None,
     **options: Any,
 ) -> RewardScores:
-    return rewards.score(**vars(scorable(flat)), keys=keys, **options)
+    return rewards.score(**vars(scorable(flat, episodes=episodes)), keys=keys, **options)
 
 
 def _placed(total: float, completion: Completion, config: RolloutConfig) -> float:
@@ -449,7 +478,7 @@ def _describe(samples: Sequence[Sample], config: RolloutConfig, greedy: bool) ->
     valid = [sample for sample in samples if sample.valid]
     scores = torch.tensor([sample.score for sample in valid], dtype=torch.float32)
     lengths = torch.tensor(
-        [len(sample.completion.token_ids) for sample in valid], dtype=torch.float32
+        [len(sample.completion.actions) for sample in valid], dtype=torch.float32
     )
     metrics = {
         "reward": scores.mean().item(),
@@ -480,7 +509,7 @@ def _describe(samples: Sequence[Sample], config: RolloutConfig, greedy: bool) ->
 
 
 def _repetition(completions: Sequence[Completion]) -> dict[str, float]:
-    written = [c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in completions]
+    written = [c.actions[:-1] if c.finish_reason == "stop" else c.actions for c in completions]
     return {
         "completions/repeated_trigrams": math.fsum(map(repeated_share, written)) / len(written),
         "completions/distinct_trigrams": distinct_share(written),
@@ -500,6 +529,7 @@ def _gold(
             gold,
             [(sample.prompt, sample.completion) for sample in valid],
             [(config.run.seed, sample.group, sample.completion.sample) for sample in valid],
+            [sample.episode for sample in valid],
         )
     found = {
         name: [value for value in values if value is not None and math.isfinite(value)]

@@ -46,22 +46,27 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     """List the bounds that apply to a run whose weights have this dtype."""
     if not isinstance(config, SamplingConfig):
         return []
+    limit = f"generation.max_new_tokens = {config.generation.max_new_tokens}"
+    what, texts = f"completions are cut off at {limit}", "texts"
+    if isinstance(config, PolicyConfig) and config.plays:
+        limit = f"turns.max_turns = {config.turns.max_turns}"
+        what, texts = f"trajectories are ended by a limit ({limit}, or another)", "trajectories"
     found = [
         Bounds(
             "completions/clipped_ratio",
             CUT_OFF_STEPS,
-            "{value:.0%} of the completions are cut off at generation.max_new_tokens = "
-            f"{config.generation.max_new_tokens}, so that most rewards judge texts without an end; "
-            "raise it, or set missing_eos_penalty; where texts are not meant to end, all is well",
+            f"{{value:.0%}} of the {what}, so that most rewards judge {texts} without an end; "
+            f"raise it, or set missing_eos_penalty; where {texts} are not meant to end, all is "
+            "well",
             high=MOST_CUT_OFF,
         )
     ]
     if not isinstance(config, PolicyConfig):
         return found
     if config.mask_truncated_completions:
-        found.append(_all_cut_off(config, "mask_truncated_completions leaves them out"))
+        found.append(_all_cut_off(limit, "mask_truncated_completions leaves them out"))
     if config.loss.bootstrap_truncated:
-        found.append(_all_cut_off(config, "loss.bootstrap_truncated drops their scores"))
+        found.append(_all_cut_off(limit, "loss.bootstrap_truncated drops their scores"))
     found += [
         Bounds(
             "val/explained_variance",
@@ -101,12 +106,12 @@ def bounds_of(config: StageConfig, dtype: str) -> list[Bounds]:
     return found
 
 
-def _all_cut_off(config: PolicyConfig, why: str) -> Bounds:
+def _all_cut_off(limit: str, why: str) -> Bounds:
     return Bounds(
         "completions/clipped_ratio",
         1,
         f"all completions are cut off, and {why}, so that nothing is learned of the rewards; raise "
-        f"generation.max_new_tokens = {config.generation.max_new_tokens}, or leave that option out",
+        f"{limit}, or leave that option out",
         high=1 - 1e-9,
     )
 

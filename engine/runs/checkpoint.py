@@ -638,7 +638,7 @@ def _upgraded(saved: dict[str, Any], cls: type) -> dict[str, Any]:
         cls(
             **{
                 name: saved["config"][name]
-                for name in [*needed, "algorithm"]
+                for name in [*needed, "algorithm", "environment"]
                 if name in saved["config"]
             }
         )

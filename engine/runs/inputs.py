@@ -103,6 +103,13 @@ def told_of(config: Any) -> Digests:
     }
     for spec in getattr(config, "monitor_reward", ()):
         found[f"monitor_reward {spec}"] = _of_model(spec) if _is_model(spec) else _of_code(spec)
+    turns = getattr(getattr(config, "turns", None), "tool_parser", None)
+    for option, spec in (
+        ("environment", getattr(config, "environment", None)),
+        *(("tools", tool) for tool in getattr(config, "tools", ())),
+        ("turns.tool_parser", turns),
+    ):
+        found[f"{option} {spec}"] = _of_code(spec)
     loss = getattr(config, "loss", None)
     for option in ("advantage", "objective"):
         # checked, and imported, before a run is opened

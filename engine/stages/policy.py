@@ -40,7 +40,7 @@ from fusedrl.engine.config.algorithms import ADVANTAGES
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import parse_data
 from fusedrl.engine.data.rows import check_source
-from fusedrl.engine.generation.drafts import Drafts
+from fusedrl.engine.generation.drafts import Drafts, drafts_of, warn_of_drafts
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
@@ -64,18 +64,19 @@ from fusedrl.engine.policy.objectives import (
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
+from fusedrl.engine.rewards.environments import (
+    EnvironmentReward,
+    Environments,
+    environments_of,
+)
+from fusedrl.engine.rewards.functions import Reward
 from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
-from fusedrl.engine.rollout.rollout import (
-    Prompt,
-    drafts_of,
-    reward_loader,
-    rollout,
-    warn_of_drafts,
-)
+from fusedrl.engine.rollout.rollout import Rollout, reward_loader, rollout
+from fusedrl.engine.rollout.sampled import Prompt
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for, demand_of
@@ -112,13 +113,13 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     _check(config, needs)
     judged = [config.data] + ([config.evaluation.data] if config.evaluation is not None else [])
     functions = load_functions((*config.reward, *config.monitor_reward), *judged)
-    seed_generators(config.run.seed)
     parts = _load(config, needs, ranks, functions)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
     with parts.workers, Run(config, config.steps, ranks) as run:
         _announce(config, needs, run, parts.drafts)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
-        monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
+        judges, games = (parts.rewards, parts.gold), parts.environments
+        monitor = Monitor(config, actor, parts.reference, *judges, run, games)
         longest = max(longest_of(prompts), monitor.longest)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
         run.restore(
@@ -136,21 +137,11 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
         for step in range(run.start, config.steps):
             learns = step >= config.critic_warmup
             with run.time("generate_and_reward"):
+                draw, greedy = partial(_draw, prompts, config, control), needs == "greedy"
                 experience = rollout(
-                    actor,
-                    partial(_draw, prompts, config, control),
-                    parts.rewards,
-                    config,
-                    greedy=needs == "greedy",
-                    gold=parts.gold,
-                    drafts=parts.drafts,
+                    actor, draw, *judges, config, games, greedy=greedy, drafts=parts.drafts
                 )
-            batch = experience.batch
-            if config.mask_truncated_completions:
-                batch = batch.with_columns(loss_mask=experience.whole())
-            if config.loss.bootstrap_truncated:
-                batch = batch.with_columns(cut_off=experience.cut_off())
-            batch, totals, cuts = _judged(config, parts, batch, step, run)
+            batch, totals, cuts = _judged(config, parts, experience, step, run)
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
                 found = _trained(config, parts, batch, cuts, step, ptx, meter := Meter())
                 metrics = experience.metrics | found
@@ -183,6 +174,7 @@ class _Parts:
     reference: Reference | None
     rewards: RewardSet
     gold: RewardSet | None
+    environments: Environments | None
     workers: Workers
     learner: Learner
     critic: TrainedCritic | None
@@ -252,9 +244,15 @@ def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
 
 
 def _load(
-    config: PolicyConfig, needs: str | None, ranks: Ranks, functions: Sequence[Any]
+    config: PolicyConfig,
+    needs: str | None,
+    ranks: Ranks,
+    functions: Sequence[Any],
 ) -> _Parts:
     """Load all models; `functions` are the rewards, as `load_functions` returns them."""
+    workers = Workers(config.reward_workers, config.reward_timeout)
+    environments = environments_of(config, workers)
+    seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(
         config.model,
         dtype=config.dtype,
@@ -274,21 +272,26 @@ def _load(
             "config: kl.estimator full reads logits that are not capped, and this model caps its "
             "own; use k2 or k3"
         )
-    workers, load = reward_loader(config, actor)
-    judges = [load(one) for one in functions]
-    rewards = RewardSet(judges[: len(config.reward)], config.reward_weights, ranks)
+    load = reward_loader(workers, actor)
+    judges: list[Reward] = [load(one) for one in functions]
+    counted, weights = judges[: len(config.reward)], config.reward_weights
+    if environments is not None:
+        weights = (*(weights or (1.0,) * len(counted)), 1.0)
+        counted = [*counted, EnvironmentReward(environments)]
+    rewards = RewardSet(counted, weights, ranks)
     gold = judges[len(config.reward) :]
     return _Parts(
         actor,
         reference,
         rewards,
         RewardSet(gold, ranks=ranks) if gold else None,
+        environments,
         workers,
         Learner(actor, config.optim, ranks=ranks),
         critic_of(config, actor),
         Control(config),
         None if config.replay is None else ReplayBuffer(config.replay, config.run.seed),
-        drafts_of(config.generation, actor),
+        drafts_of(config.generation, actor.decoder.device, config.plays),
         _scores_first(config, needs),
     )
 
@@ -317,7 +320,7 @@ def _announce(config: PolicyConfig, needs: str | None, run: Run, drafts: Drafts 
 
 # ---- a step --------------------------------------------------------------------------------------
 def _judged(
-    config: PolicyConfig, parts: _Parts, batch: PackedBatch, step: int, run: Run
+    config: PolicyConfig, parts: _Parts, experience: Rollout, step: int, run: Run
 ) -> tuple[PackedBatch, Tensor, Cuts]:
     """Return a rollout's batch with scores and advantages, the total reward of each sequence, and
     the first epoch's micro-batches.
@@ -325,6 +328,11 @@ def _judged(
     Advantages are estimated before scoring if possible: completions without a gradient then get
     micro-batches of their own, and scoring uses the same micro-batches as training.
     """
+    batch = experience.batch
+    if config.mask_truncated_completions:
+        batch = batch.with_columns(loss_mask=experience.whole())
+    if config.loss.bootstrap_truncated:
+        batch = batch.with_columns(cut_off=experience.cut_off())
     batch, totals = parts.control.scaled(batch), None
     if advantages_first(config):
         with run.time("advantage"):

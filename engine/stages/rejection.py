@@ -21,19 +21,15 @@ from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import RejectionConfig
+from fusedrl.engine.generation.drafts import drafts_of, warn_of_drafts
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.parallel.ranks import Ranks, joined
+from fusedrl.engine.rewards.pool import Workers
 from fusedrl.engine.rewards.rewards import RewardSet, load_functions
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
-from fusedrl.engine.rollout.rollout import (
-    Prompt,
-    Rollout,
-    drafts_of,
-    reward_loader,
-    rollout,
-    warn_of_drafts,
-)
+from fusedrl.engine.rollout.rollout import Rollout, reward_loader, rollout
+from fusedrl.engine.rollout.sampled import Prompt
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import FlatRewards
@@ -80,7 +76,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    workers, load = reward_loader(config, actor)
+    load = reward_loader(workers := Workers(config.reward_workers, config.reward_timeout), actor)
     rewards = RewardSet([load(one) for one in functions], config.reward_weights, ranks)
     learner = Learner(actor, config.optim, ranks=ranks)
     with workers, Run(config, config.steps, ranks) as run:
@@ -88,7 +84,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
         longest = longest_of(prompts)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
         flat = _flat_rewards(config, run)
-        drafts = drafts_of(config.generation, actor)
+        drafts = drafts_of(config.generation, actor.decoder.device)
         if idle := warn_of_drafts(config.generation, drafts):
             run.message(idle)
         run.restore(model=learner, drafts=drafts)
@@ -98,7 +94,7 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
                 return prompts.draw(config.run.seed, first, first + count), first
 
             with run.time("generate_and_reward"):
-                experience = rollout(actor, draw, rewards, config, drafts=drafts)
+                experience = rollout(actor, draw, rewards, None, config, drafts=drafts)
             kept = best(experience, config.keep, config.min_score)
             with run.time("train"), actor.lend_cache():
                 metrics = (

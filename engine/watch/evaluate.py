@@ -17,16 +17,18 @@ from fusedrl.engine.actor import HybridActor, Scored
 from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.estimates import Estimate, pass_at_k
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.config import GenerationConfig
+from fusedrl.engine.config import GenerationConfig, TurnsConfig
 from fusedrl.engine.data.readers import PromptExample
 from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.drafts import Drafts
-from fusedrl.engine.generation.generator import Finished
+from fusedrl.engine.rewards.environments import Environments
 from fusedrl.engine.rewards.functions import Rollout
 from fusedrl.engine.rewards.remote import Ahead, Key
 from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.rollout.repetition import ends_in_loop, repeated_share
-from fusedrl.engine.rollout.rollout import Prompt, params_of, scorable
+from fusedrl.engine.rollout.rollout import params_of, scorable
+from fusedrl.engine.rollout.sampled import Prompt, sample_prompts
+from fusedrl.engine.rollout.turns import Episode
 
 TOKENS_PER_FORWARD = 8192
 
@@ -103,7 +105,7 @@ class Measured:
     @property
     def lengths(self) -> list[float]:
         """Tokens of each completion, the EOS included."""
-        return [float(len(c.token_ids)) for c in self.completions]
+        return [float(len(c.actions)) for c in self.completions]
 
     @property
     def ended(self) -> list[float]:
@@ -114,7 +116,7 @@ class Measured:
     def written(self) -> list[list[int]]:
         """Tokens of each completion without the EOS."""
         return [
-            c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in self.completions
+            c.actions[:-1] if c.finish_reason == "stop" else c.actions for c in self.completions
         ]
 
 
@@ -129,6 +131,8 @@ def measure(
     samples: int = 1,
     request_ids: Sequence[int] | None = None,
     tokens_per_forward: int = TOKENS_PER_FORWARD,
+    environments: Environments | None = None,
+    turns: TurnsConfig | None = None,
     drafts: Drafts | None = None,
 ) -> Measured:
     """Sample completions of the prompts from the policy and measure each. Arguments, errors and
@@ -143,17 +147,31 @@ def measure(
     names = sorted({name for example in prompts for name in example.columns})
     ahead = {name: found for name, one in rewards.items() if (found := one.ahead()) is not None}
 
-    def ask(done: Finished) -> None:
-        place = done.prompt * samples + done.sample
-        one = scorable([(readied[done.prompt], done.completion)], names)
+    def ask(
+        index: int, number: int, one: Prompt, completion: Completion, episode: Episode | None
+    ) -> None:
+        place = index * samples + number
+        asked = scorable([(one, completion)], names, [episode])
         for calls in ahead.values():
-            calls.add(place, one, keys[place])
+            calls.add(place, asked, keys[place])
 
     params = params_of(generation, n=samples, seed=seed)
-    outs = policy.generate(ids, params, request_ids, finished=ask if ahead else None, drafts=drafts)
+    sampled = sample_prompts(
+        policy,
+        readied,
+        params,
+        numbers,
+        environments,
+        turns,
+        ask if ahead else None,
+        drafts=drafts,
+    )
     if drafts is not None:
         drafts.keep()
-    batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
+    flat = list(zip(sampled.prompts, sampled.completions, strict=True))
+    batch = PackedBatch.from_completions(
+        [p.ids for p, _ in flat], [[c] for _, c in flat], device=policy.decoder.device
+    )
     parts, temperature = batch.split(tokens_per_forward), generation.temperature or 1.0
     # The cache is lent as in training, which also removes the prefixes cached here: the next
     # rollout cannot reuse them, so its bits do not depend on this evaluation.
@@ -164,8 +182,7 @@ def measure(
             if reference is None
             else reference.score(batch, temperature=temperature, partition=parts).logp
         )
-    flat = [(one, c) for one, out in zip(readied, outs, strict=True) for c in out]
-    scores = _scores(rewards, scorable(flat, names), keys, ahead)
+    scores = _scores(rewards, scorable(flat, names, sampled.episodes), keys, ahead)
     return Measured(
         [completion for _, completion in flat],
         scores,
@@ -188,6 +205,8 @@ def evaluate(
     samples: int = 1,
     request_ids: Sequence[int] | None = None,
     tokens_per_forward: int = TOKENS_PER_FORWARD,
+    environments: Environments | None = None,
+    turns: TurnsConfig | None = None,
     drafts: Drafts | None = None,
 ) -> Evaluation:
     """Sample completions of the prompts from the policy and measure them.
@@ -206,6 +225,9 @@ def evaluate(
         samples: number of samples per prompt.
         request_ids: a number for each prompt. Samples depend on it and the seed. Default: 0, 1, ...
         tokens_per_forward: most tokens of a micro-batch when scoring.
+        environments: what answers the policy's turns; None: a completion is one turn. Trajectories
+            whose environment failed are scored nan, and their tokens count up to there.
+        turns: how long trajectories may be.
         drafts: what next tokens are guessed from: earlier evaluations on the same prompts.
 
     Raises:
@@ -222,6 +244,8 @@ def evaluate(
         samples=samples,
         request_ids=request_ids,
         tokens_per_forward=tokens_per_forward,
+        environments=environments,
+        turns=turns,
         drafts=drafts,
     )
 

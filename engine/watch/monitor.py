@@ -22,9 +22,10 @@ from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.config import EvaluationConfig, PolicyConfig
 from fusedrl.engine.data.readers import ReadOptions, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
+from fusedrl.engine.generation.drafts import drafts_of
 from fusedrl.engine.policy.advantages import find_advantage
+from fusedrl.engine.rewards.environments import Environments
 from fusedrl.engine.rewards.rewards import RewardSet
-from fusedrl.engine.rollout.rollout import drafts_of
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.alarm import Detector, as_row, message
@@ -41,6 +42,7 @@ class Monitor:
     Args:
         rewards: the rewards that the policy is trained on.
         gold: the rewards that are only measured.
+        environments: what answers the policy's turns, in runs with an environment.
     Raises:
         DataError, ConfigError, FileNotFoundError: the held-out prompts cannot be used.
     """
@@ -53,12 +55,15 @@ class Monitor:
         rewards: RewardSet,
         gold: RewardSet | None,
         run: Run,
+        environments: Environments | None = None,
     ) -> None:
         self._config, self._run = config, run
         self._held_out = (
             None
             if config.evaluation is None
-            else HeldOut(config, config.evaluation, actor, reference, rewards, gold, run)
+            else HeldOut(
+                config, config.evaluation, actor, reference, rewards, gold, run, environments
+            )
         )
         self._detector: Detector | None = None
         if config.alarm.action != "off":
@@ -177,7 +182,12 @@ class FlatRewards:
             if beyond
             else []
         )
-        if metrics.get("completions/clipped_ratio") == 1.0:
+        if metrics.get("completions/clipped_ratio") == 1.0 and "turns/mean" in metrics:
+            causes.append(
+                "every trajectory is ended by a limit, perhaps before it earns anything: raise "
+                "turns.max_turns"
+            )
+        elif metrics.get("completions/clipped_ratio") == 1.0:
             causes.append(
                 "every completion is cut off, perhaps before its answer: raise "
                 f"generation.max_new_tokens ({self._max_new_tokens})"
@@ -215,7 +225,9 @@ class HeldOut:
         rewards: RewardSet,
         gold: RewardSet | None,
         run: Run,
+        environments: Environments | None = None,
     ) -> None:
+        self._environments = environments
         self._config, self._evaluation, self._actor, self._reference, self._run = (
             config,
             evaluation,
@@ -245,7 +257,9 @@ class HeldOut:
         self.longest = max((len(fitting[index][1]) for index in order), default=0)
         self._samples = run.lines("samples_eval.jsonl")
         # its draws are the same every time, so that the last evaluation's texts guess well
-        self._drafts = drafts_of(config.generation, actor)
+        self._drafts = drafts_of(
+            config.generation, actor.decoder.device, self._environments is not None
+        )
 
     def due(self, done: int) -> bool:
         """Whether the policy is evaluated after step number `done`."""
@@ -270,6 +284,8 @@ class HeldOut:
                 samples=samples,
                 request_ids=range(-1, -1 - count, -1),
                 tokens_per_forward=config.tokens_per_microbatch,
+                environments=self._environments,
+                turns=config.turns,
                 drafts=self._drafts,
             )  # a rollout's ids are 0 and above
         shown = []

@@ -218,10 +218,13 @@ def demand_of(
     if longest is None:
         longest = min(model.max_positions - new, config.max_prompt_length or model.max_positions)
     most = CacheConfig().max_sequences
+    whole = longest + new
+    if isinstance(config, PolicyConfig) and config.plays:
+        whole = config.turns.max_length or model.max_positions
     if isinstance(config, PolicyConfig) and (held_out := config.evaluation) is not None:
         prompts = -(-(held_out.prompts or most) // devices)
         sequences = max(sequences, prompts * held_out.samples_per_prompt)
-    return Demand(min(sequences, most), min(model.max_positions, max(1, longest) + new))
+    return Demand(min(sequences, most), min(model.max_positions, max(1 + new, whole)))
 
 
 def longest_prompt(config: PolicyConfig | RejectionConfig) -> int | None:

@@ -127,6 +127,7 @@ POLICY_OPTIONS = {
         *("--loss.top_entropy_quantile", "0.5"),
         *("--loss.clip_cov_ratio", "0.1", "--loss.clip_cov_low", "-5"),
     ],
+    "environment": ["--environment", "games.py:Echo"],
 }
 OF_CRITICS = ("critic", "lambdas")  # what a row of groups refuses
 CLOCKED = ("timing/", "mem/", "tokens_per_s")  # metrics of the machine rather than of the run
@@ -136,6 +137,15 @@ def likes_w3(prompts, completions, begins_at=None, **columns):
     if begins_at is None:
         return scores
     return [start + score for start, score in zip(begins_at, scores)]
+"""
+GAMES = """
+class Echo:
+    def reset(self, row):
+        self.begun = False
+
+    def step(self, completion):
+        done, self.begun = self.begun or "w5" in completion, True
+        return "w9 " + " ".join(completion.split()[:2]), completion.count("w3"), done
 """
 
 
@@ -204,6 +214,7 @@ def furnish(directory: Path) -> None:
         ],
     )
     (directory / "rewards.py").write_text(REWARDS, encoding="utf-8")
+    (directory / "games.py").write_text(GAMES, encoding="utf-8")
 
 
 def command(arguments: list[str]) -> tuple[int, str]:

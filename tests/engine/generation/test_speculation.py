@@ -11,12 +11,11 @@ import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, SamplingParams
 from fusedrl.engine.config import GenerationConfig, LoRAConfig
-from fusedrl.engine.generation.drafts import Draft, Drafts
+from fusedrl.engine.generation.drafts import Draft, Drafts, drafts_of, warn_of_drafts
 from fusedrl.engine.generation.speculation import Guesses, allot, row_cost
 from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.rollout.rollout import drafts_of, warn_of_drafts
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.dispatch import use_impl
 
@@ -284,11 +283,11 @@ def test_no_guesses_where_rows_depend_on_one_another():
 
 def test_a_run_says_where_the_option_has_no_effect():
     actor, generation = make(), GenerationConfig(speculate=True)
-    assert isinstance(drafts_of(generation, actor), Drafts)
-    assert drafts_of(GenerationConfig(), actor) is None
+    assert isinstance(drafts_of(generation, actor.decoder.device), Drafts)
+    assert drafts_of(GenerationConfig(), actor.decoder.device) is None
     with use_impl("torch"):
-        assert drafts_of(generation, actor) is None
-    assert "needs a CPU and the C++ kernels" in warn_of_drafts(generation, None)
+        assert drafts_of(generation, actor.decoder.device) is None
+    assert "a CPU and the C++ kernels" in warn_of_drafts(generation, None)
     assert not warn_of_drafts(generation, Drafts())
     assert not warn_of_drafts(GenerationConfig(), None)
 

@@ -34,6 +34,14 @@ def _config(**options) -> PolicyConfig:
     return PolicyConfig("m", "d", ("r.py:f",), "ppo", **options)
 
 
+def test_what_a_limit_of_turns_ends_is_said_of_trajectories():
+    config = PolicyConfig("m", "d", (), "ppo", environment="e.py:E")
+    found = Cautions(config, "float32")
+    (said,) = [x for _ in range(9) for x in found.update({"completions/clipped_ratio": 0.75})]
+    assert "75% of the trajectories are ended by a limit (turns.max_turns = 8, or another)" in said
+    assert "max_new_tokens" not in said
+
+
 @pytest.mark.parametrize("metric, good, bad, steps, words", CASES)
 def test_said_once_when_it_has_lasted(metric, good, bad, steps, words):
     found = Cautions(_config(), "float32")

@@ -45,6 +45,15 @@ def huge(prompts, completions, completion_ids, **columns):
     return [3e38 * (-1) ** i for i in range(len(completions))]
 """
 
+GAME = """
+class Game:
+    def reset(self, row):
+        return None
+
+    def step(self, completion):
+        return "w1", 1.0, False, {"asked": 1}
+"""
+
 
 def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
     """Of the tables under these headings: the names as they stand there, and what they stand
@@ -58,7 +67,7 @@ def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
                         re.escape(name)
                         .replace("<name>", "[^/]+")
                         .replace("<k>", r"\d+")
-                        .replace("<phase>", "(?!step|peak|reward_wait)[a-z_]+")
+                        .replace("<phase>", "(?!step|peak|reward_wait|environment_wait)[a-z_]+")
                     )
                     found[name] = re.compile(
                         text + ("(_stderr)?" if name.startswith("eval_") else "")
@@ -132,6 +141,8 @@ def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
     )
     names |= run("replayed", ["likes_w3"], replay=ReplayConfig(), steps=2)
     names |= run("guessed", ["likes_w3"], "ppo", speculate=True)
+    (tmp_path / "game.py").write_text(GAME, encoding="utf-8")
+    names |= run("played", [], environment=f"{tmp_path / 'game.py'}:Game")
     return (
         names
         | run("watched", ["binary"], reward_workers=1, **watched)

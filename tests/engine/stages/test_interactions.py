@@ -43,6 +43,7 @@ SAMPLES_DIFFER = {
     "lambdas",
     "refill",
     "top_p",
+    "environment",
 }  # from the plain run's, in the first step already
 REFUSED = ({"held", "chosen"},)  # pairs that contradict each other
 OFFSET = 7.0

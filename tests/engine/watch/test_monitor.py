@@ -30,7 +30,8 @@ from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.policy import micro_loss
 from fusedrl.engine.policy.advantages import find_advantage
-from fusedrl.engine.rollout.rollout import Prompt, Sample, _flat
+from fusedrl.engine.rollout.rollout import Sample, _flat
+from fusedrl.engine.rollout.sampled import Prompt
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
 from fusedrl.engine.watch.monitor import FlatRewards
