@@ -107,6 +107,8 @@ def recorded(device):
             entry = CATALOGUE[op]
             with contextlib.suppress(CannotServe):  # on a GPU some serve narrow dtypes alone
                 run(entry, entry.problem(entry.plain(), device=device), impl)
+        entry = CATALOGUE["decode_step"]  # between bfloat16 weights it has products of its own
+        run(entry, entry.problem(entry.plain(dtype=torch.bfloat16), device=device), "triton")
     return log.calls
 
 
