@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.support.chat import write_chat_model
 from tests.support.import_graph import FLOORS
 
 from fusedrl.engine.cli.main import STAGES, main
@@ -87,6 +88,7 @@ def folder(tmp_path, tiny_model, monkeypatch):
         "pairs.jsonl": {"prompt": "WORD", "chosen": " w2 w3", "rejected": " w4"},
         "labelled.jsonl": {"prompt": "WORD", "completion": " w2", "label": True},
         "prompts.jsonl": {"prompt": "WORD"},
+        "games.jsonl": {"prompt": "WORD", "secret": "WORD"},
         "train.jsonl": {"question": "WORD", "answer": "w1 w2\n#### 5"},
     }
     for name, row in files.items():
@@ -97,6 +99,9 @@ def folder(tmp_path, tiny_model, monkeypatch):
     (tmp_path / "my_judge.py").write_text(
         "def better(a, b):\n    return ['a' if len(x) >= len(y) else 'b' for x, y in zip(a, b)]\n"
     )
+    (game,) = (block for block in python(GUIDE) if "class Game" in block)
+    (tmp_path / "my_game.py").write_text(game)
+    write_chat_model(tmp_path / "CHAT", "llama", max_position_embeddings=1024)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(tiny_model, tmp_path / "MODEL")
     config = json.loads((tmp_path / "MODEL/config.json").read_text())
@@ -117,6 +122,8 @@ def test_the_commands_run_as_they_stand(folder, capsys, monkeypatch):
         shown.add(kind)
         if words[0] == "train" and "--run.dir" not in words:
             words += ["--run.dir", f"runs/{number}"]
+        if {"--environment", "--tools"} & {*words}:  # whose observations are messages
+            words[words.index("MODEL")] = "CHAT"
         small = SMALL["policy" if kind in ALGORITHMS else kind]
         if "--critic.warmup_steps" in words:  # fewer steps than that would train no policy
             small = [

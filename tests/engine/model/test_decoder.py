@@ -346,7 +346,9 @@ def test_greedy_tokens_as_transformers(name, preemptions, device):
                 rtol=0,
                 atol=5e-5,
             )
-        assert bool(preemptions) == (cache.num_blocks == 18)
+        # where every layer has a window, blocks behind it are given back in time
+        windowed = all(ours.config.windows)
+        assert bool(preemptions) == (cache.num_blocks == 18 and not windowed)
 
 
 @pytest.mark.parametrize("name", MODELS)

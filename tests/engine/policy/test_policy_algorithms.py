@@ -144,8 +144,11 @@ def test_nothing_is_loaded_or_scored_that_is_not_needed(make, monkeypatch):
     )
     monkeypatch.setattr(
         HybridActor,
-        "score",
-        lambda self, *a, score=HybridActor.score, **k: (scored.append(1), score(self, *a, **k))[1],
+        "score_with_ends",  # what `score` calls, too
+        lambda self, *a, score=HybridActor.score_with_ends, **k: (
+            scored.append(1),
+            score(self, *a, **k),
+        )[1],
     )
     for name, kwargs, expected in (
         ("free", dict(kl=KLConfig(coef=0.0)), (0, 0)),  # the training forward is the scorer

@@ -42,7 +42,7 @@ def batch_of(device, gap=2, offset=0.0):
     return batch.with_columns(
         scores=torch.tensor([sum(own) for own in rewards], device=device),
         group_ids=torch.tensor([group for group, _ in TRAJECTORIES], device=device),
-        token_rewards=moved_rewards(batch, rewards),
+        token_rewards=moved_rewards(batch, rewards)[0],
         turn_states=torch.tensor(states, device=device),
     )
 

@@ -634,7 +634,7 @@ STAGE_OPTIONS = {
     "sft": ["--sequences_per_step", "2"],
     "reward": ["--pairs_per_step", "2"],
     "dpo": ["--pairs_per_step", "2"],
-    "kto": ["--answers_per_step", "2"],
+    "kto": ["--answers_per_step", "4"],
     "rejection": ["--prompts_per_step", "2", "--samples_per_prompt", "2", "--steps", "4"],
     "ppo": ["--prompts_per_step", "4", "--steps", "4", "--optim.lr", "1e-4"],
     "grpo": ["--prompts_per_step", "2", "--samples_per_prompt", "2", "--steps", "4"],

@@ -177,6 +177,11 @@ def test_broken_rewards_end_the_run(config, monkeypatch, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_values_reach_no_checkpoint(config, monkeypatch, value):
-    goes_wrong(monkeypatch, SeparateCritic, "score", lambda found: found.fill_(value))
+    goes_wrong(
+        monkeypatch,
+        SeparateCritic,
+        "score",
+        lambda found: found.with_columns(values=torch.full_like(found.values, value)),
+    )
     one = config("ppo", "run")
     assert stops(one, (RuntimeError, ValueError), "finite") >= AT
