@@ -384,6 +384,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, dtype, devic
     assert _entries(tmp_path) == ["step_00000001"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("place", [0, 1, 4096])
+def test_numbers_are_looked_at_one_by_one_where_their_sum_overflows(tmp_path, dtype, place, device):
+    large = torch.full((4097,), torch.finfo(dtype).max, dtype=dtype, device=device)
+    for fine in (large, large * torch.tensor([1.0, -1.0], device=device).repeat(2049)[:4097]):
+        save_checkpoint(tmp_path, 1, {"model": {"w": fine.to(dtype)}}, {}, keep=1)
+        for value in (float("nan"), float("inf"), -float("inf")):
+            bad = fine.to(dtype)
+            bad[place] = value
+            with pytest.raises(CheckpointError, match="model/w at step 2 is not finite"):
+                save_checkpoint(tmp_path, 2, {"model": {"w": bad}}, {}, keep=1)
+
+
 @pytest.mark.parametrize("group", ["../x", "a/b", "", ".hidden", "a b", "..", "a\n"])
 def test_group_names_cannot_traverse(tmp_path, group):
     with pytest.raises(CheckpointError, match="group name"):
