@@ -199,12 +199,23 @@ def report_file(text: str, begins: str = "{", what: str = "a JSON report") -> st
     path = Path(output_file(text))
     if text != "-" and path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
-            if not file.read(4096).lstrip().startswith(begins.encode()):
+            start = file.read(4096).lstrip()
+            # a file of JSON lines begins as a report does, and has more behind its first value
+            lines = begins == "{" and _is_json(start.partition(b"\n")[0])
+            if not start.startswith(begins.encode()) or lines:
                 raise argparse.ArgumentTypeError(
                     f"{text} is there and is not {what}: it would be lost; name another file, or "
                     "delete it first"
                 )
     return text
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def spelled(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -36,7 +36,8 @@ def program() -> NoReturn:
         print("fusedrl: interrupted", file=sys.stderr)
     finally:
         with suppress(OSError, ValueError):  # the reader has gone, or it was closed
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: closed before Python began
+                sys.stdout.flush()
         _set(_ALL, lambda *_: os._exit(code))
     sys.exit(code)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -73,10 +74,12 @@ def local_directory(path_or_id: str | Path) -> Path | None:
     Raises:
         FileNotFoundError: the path is a file, the directory of a run or a web address, or it
             neither exists nor can be an id.
+        ValueError: a file in it is none (a pipe, a socket, a device).
     """
     path, text = Path(path_or_id), str(path_or_id)
     if path.is_dir() and text:
         check_no_run(path)
+        _check_files(path)
         return path
     if path.exists() and text:
         raise FileNotFoundError(_of_file(path))
@@ -86,6 +89,21 @@ def local_directory(path_or_id: str | Path) -> Path | None:
     if "/" not in text and cached_snapshot(text) is None:
         raise FileNotFoundError(_of_nothing(text))
     return None
+
+
+def _check_files(directory: Path) -> None:
+    """Raise ValueError for a pipe, a socket or a device among the files of a model, or a
+    link to one: reading it would take for ever, or all memory."""
+    found = []
+    for path in sorted(islice(directory.iterdir(), 10_000)):
+        with suppress(OSError):  # a link to nothing: who needs the file says so
+            if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+                found.append(path)
+    if found:
+        raise ValueError(
+            f"{found[0]}: expected a regular file in the directory of a model, got a pipe, a "
+            "socket or a device; remove it, or copy the model anew"
+        )
 
 
 def _not_fetched(model_id: str, error: Exception) -> FileNotFoundError:

@@ -423,6 +423,10 @@ def harmless(config: ModelConfig) -> Callable[[str], bool]:
     )
 
 
+# dtypes of weights, as safetensors names them
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 def load_tensors(
     directory: Path,
     views: Mapping[str, Tensor],
@@ -449,8 +453,14 @@ def load_tensors(
     for path in dict.fromkeys(files.values()):
         with opened(path) as file:
             for name in (n for n, where in files.items() if where == path and n in views):
-                shape = file.get_slice(name).get_shape()
-                if shape != (expected := file_shape(views[name])):
+                part = file.get_slice(name)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if dtype not in _FLOATS:
+                    problems.append(
+                        f"numbers of {name}: expected {', '.join(_FLOATS)}, got {dtype} (quantised "
+                        "weights are not read)"
+                    )
+                elif shape != (expected := file_shape(views[name])):
                     problems.append(f"shape of {name}: expected {expected}, got {shape}")
                 elif not problems:
                     views[name].copy_(file.get_tensor(name).view(views[name].shape))

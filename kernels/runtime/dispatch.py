@@ -148,8 +148,12 @@ class Implementations:
         """
         kind = "cuda" if device.type == "cuda" else "cpu"
         wanted = impl or _forced
+        # within torch.func.jvp and dual levels only torch's own operations carry a tangent
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
 
         def why_not(name: str) -> str | None:
+            if forward_mode and name != "torch":
+                return "it has no forward-mode derivative"
             return unavailable(name, kind) or refused.get(name)
 
         if wanted is None:

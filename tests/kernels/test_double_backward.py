@@ -50,3 +50,29 @@ def test_defined_by_the_references(name, device):
     (gradient,) = torch.autograd.grad(OPS[name](x, "torch").square().sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_fused_ops_refuse_forward_mode(name, device):
+    fused = "cpp" if device.type == "cpu" else "triton"
+    if unavailable(fused, device.type):
+        pytest.skip(str(unavailable(fused, device.type)))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: OPS[name](x, fused), (x,), (x,))
+
+
+def test_forward_mode_goes_by_torch_s_operations(device):
+    """A tangent is never taken for zero."""
+    generator = torch.Generator().manual_seed(0)
+    x, tangent = (torch.randn(3, 4, generator=generator).to(device) for _ in range(2))
+
+    def plain(x):
+        return torch.log_softmax(x, -1).gather(1, ids(x)[:, None])[:, 0]
+
+    _, got = torch.func.jvp(lambda x: logprob(x, ids(x)), (x,), (tangent,))
+    torch.testing.assert_close(got, torch.func.jvp(plain, (x,), (tangent,))[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        again = torch.autograd.forward_ad.unpack_dual(logprob(dual, ids(x))).tangent
+    torch.testing.assert_close(again, got)

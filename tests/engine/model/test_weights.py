@@ -24,7 +24,13 @@ from fusedrl.engine.model.heads import (
     save_reward_model,
     save_value_head,
 )
-from fusedrl.engine.model.weights import hf_views, load_decoder, replacing, save_pretrained
+from fusedrl.engine.model.weights import (
+    hf_views,
+    load_decoder,
+    load_tokenizer,
+    replacing,
+    save_pretrained,
+)
 from fusedrl.engine.policy.critic import SeparateCritic
 
 SMALL = {
@@ -259,7 +265,7 @@ def test_links_and_special_files_in_a_weight_map(saved, tmp_path, device):
         load_decoder(saved, dtype="float32", device=device)
     (saved / "shard.safetensors").unlink()
     os.mkfifo(saved / "shard.safetensors")
-    with pytest.raises(ValueError, match="a link out of the directory or a special file"):
+    with pytest.raises(ValueError, match=r"shard\.safetensors: expected a regular file"):
         load_decoder(saved, dtype="float32", device=device)
     (saved / "shard.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="incomplete"):
@@ -293,6 +299,26 @@ def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path, device):
         load_decoder(snapshot, dtype="float32", device=device).embedding,
         load_decoder(saved, dtype="float32", device=device).embedding,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_floats_are_refused(saved, dtype, device):
+    """What they stand for is not known: scales of quantised weights, or another file."""
+    path = saved / "model.safetensors"
+    tensors = {name: (100 * t).to(dtype) for name, t in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"expected F64, F32, F16, BF16, got (I32|I8|BOOL|C64)"):
+        load_decoder(saved, device=device)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "x.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_in_a_directory_are_named(saved, name, kind, device):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name) if kind == "pipe" else (saved / name).symlink_to("/dev/zero")
+    for load in (load_decoder, load_tokenizer):
+        with pytest.raises(ValueError, match=rf"{name}: expected a regular file"):
+            load(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
