@@ -113,10 +113,12 @@ def test_completions_do_not_steer_the_terminal_and_are_cut(run, capsys):
 def test_a_page_or_a_report_writes_over_nothing_else(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text("def f(): pass\n")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1"}\n' * 3)
     for command in (
         ["report", str(run), "--html", "rewards.py"],
         ["watch", str(run), "--html", "rewards.py"],
         ["report", str(run), "--json", "rewards.py"],
+        ["report", str(run), "--json", "data.jsonl"],  # which begins as a report does
     ):
         assert main(command) == 2
         assert "it would be lost" in capsys.readouterr().err
