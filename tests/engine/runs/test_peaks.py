@@ -1,5 +1,6 @@
 """Peak memory of the parts of a step."""
 
+import mmap
 import sys
 
 import numpy as np
@@ -15,9 +16,17 @@ pytestmark = [
 MIB = 64
 
 
+def held(mib: int) -> np.ndarray:
+    """So much memory, written to. It comes from the system, not from what other tests have freed
+    and malloc has kept."""
+    found = np.frombuffer(mmap.mmap(-1, mib << 20), dtype=np.float64)
+    found[:] = 1.0
+    return found
+
+
 def use(mib: int) -> None:
     """Hold so much for a moment."""
-    np.ones(mib << 17).sum()
+    held(mib).sum()
 
 
 def test_a_part_has_its_own_peak_and_one_around_it_has_it_as_well():
@@ -61,7 +70,7 @@ def test_where_the_mark_cannot_be_set_back_the_borders_count(refused, monkeypatc
     monkeypatch.setattr(peaks.os, refused, refuse)
     found = Peaks()
     found.enter()
-    kept = np.ones(MIB << 17)
+    kept = held(MIB)
     found.leave("held")
     found.enter()
     del kept
