@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import platform
 import re
@@ -13,11 +14,21 @@ import stat
 import time
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fusedrl.engine.base.errors import ConfigError, SetupError, resume_command
 
+_WRITTEN = (  # files that a run writes, beside metrics.jsonl
+    "config.json",
+    "samples.jsonl",
+    "samples_eval.jsonl",
+    "alarms.jsonl",
+    "rejects.jsonl",
+    "rejects_eval.jsonl",
+    "changes.jsonl",
+)
 RESULTS = ("model", "adapter", "critic")  # directories that a run writes at its end
 _PATIENCE = 0.2  # seconds
 
@@ -33,7 +44,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        path = Path(run_dir) / "lock"
+        self.path = path = Path(run_dir).absolute() / "lock"
         _check_no_file(path.parent)
         try:
             make_directory(path.parent)
@@ -56,6 +67,20 @@ class RunLock:
         two processes lock two files of the same name."""
         _held.discard(self)
         self._file.close()
+
+    def check(self) -> None:
+        """Raise SetupError if the directory was removed or renamed since, so that another run may
+        own one of its name."""
+        own = os.fstat(self._file.fileno())
+        with suppress(OSError):
+            there = os.stat(self.path)
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        raise SetupError(
+            f"{self.path.parent}: the directory of this run was removed, renamed or replaced while "
+            "it ran; nothing more is written there. Go on from where its checkpoints are now, or "
+            "begin again"
+        )
 
     def forget(self) -> None:
         """Close this process's copy of the lock, in a child that was forked. The parent still holds
@@ -87,6 +112,15 @@ def _held_by(run_dir: str | Path, holder: bytes) -> SetupError:
 
 
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def check_held(run_dir: str | Path) -> None:
+    """Raise SetupError if this process has the lock of a run directory, and it is another one
+    now."""
+    path = Path(run_dir).absolute() / "lock"
+    for lock in _held:
+        if lock.path == path:
+            lock.check()
 
 
 def _forget() -> None:
@@ -200,13 +234,30 @@ def records_of(run_dir: Path) -> list[str]:
     """Return the remains of an earlier run that a new one would overwrite: steps in metrics.jsonl,
     checkpoints that do not verify, a model."""
     names = {entry.name for entry in os.scandir(run_dir)}
+    for name in sorted(names & {"metrics.jsonl", *_WRITTEN}):
+        if not (run_dir / name).is_file():
+            raise ConfigError(
+                f"{run_dir / name}: expected a file of a run, got a directory, a pipe or a device; "
+                "remove it, or choose another --run.dir"
+            )
     lines = (
         (run_dir / "metrics.jsonl").read_bytes().splitlines() if "metrics.jsonl" in names else []
     )
     # lines of step 0 precede the first training step, so nothing is lost with them
     found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
     found += [f"checkpoints/{path.name}" for _, path in steps_in(run_dir)]
+    if not _is_of_a_run(run_dir / "config.json"):  # of someone else, then
+        found += [n for n in _WRITTEN if n in names and (run_dir / n).stat().st_size]
     return found + [name for name in RESULTS if name in names]
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file is the config.json that a run writes, not a model's."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and isinstance(found.get("config"), dict)
 
 
 def steps_in(run_dir: Path) -> list[tuple[int, Path]]:

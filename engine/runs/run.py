@@ -53,7 +53,7 @@ from fusedrl.engine.runs.checkpoint import (
 )
 from fusedrl.engine.runs.columns import columns_of
 from fusedrl.engine.runs.facts import dtype_of, facts_of
-from fusedrl.engine.runs.files import flat
+from fusedrl.engine.runs.files import check_held, flat
 from fusedrl.engine.runs.loggers import TABLES_EVERY, Reporter, RunInfo
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, Written, read_rows
 from fusedrl.engine.runs.peaks import Peaks
@@ -443,7 +443,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def write(self, name: str, save: Callable[[Path], None]) -> None:
         """Let `save` write <run>/name on the first rank, while the other ranks wait."""
-        self.ranks.once(f"writing {name}", lambda: save(self.directory / name))
+
+        def write() -> None:
+            check_held(self.directory)
+            save(self.directory / name)
+
+        self.ranks.once(f"writing {name}", write)
 
     def rejects(self, name: str = "rejects.jsonl") -> Path | None:
         """Return the path of the file for malformed lines of data, or None on ranks that write

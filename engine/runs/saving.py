@@ -27,6 +27,7 @@ from fusedrl.engine.optim.learner import Learner, Model
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 from fusedrl.engine.runs.best import Best
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
+from fusedrl.engine.runs.files import check_held
 
 # a save waits for this many times the seconds that the last save took, so that saving takes at most
 # 5% of the time
@@ -228,6 +229,7 @@ class Saver:
         began = time.perf_counter()
         self.saving, self._failed = True, self.step
         try:
+            check_held(self._directory)
             tensors: dict[str, Mapping[str, Tensor]] = {"rng": self._completed.generators}
             shares: dict[str, Mapping[str, Tensor]] = {}
             for group, moments, learner in self._parts.learners():

@@ -44,7 +44,7 @@ from fusedrl.engine.runs.checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
-from fusedrl.engine.runs.files import RunLock, is_locked
+from fusedrl.engine.runs.files import RunLock, check_held, is_locked
 from fusedrl.engine.runs.inputs import files_of, told_of
 
 pytestmark = pytest.mark.cpu_only("files")
@@ -618,3 +618,48 @@ def test_sft_reads_a_model_and_data_alone(tmp_path, config):
     plain = SFTConfig(model=config.model, data=config.data, run=config.run)
     assert list(files_of(plain)) == ["model"]
     assert told_of(plain) == {}
+
+
+# ---- directories that are someone else's, or become so -------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"model_type": "llama"}'),
+        ("config.json", "no JSON"),
+        ("samples.jsonl", '{"prompt": "w1"}\n'),
+        ("samples_eval.jsonl", "x"),
+        ("alarms.jsonl", "x"),
+        ("rejects.jsonl", "x"),
+    ],
+)
+def test_files_of_others_are_never_written_over(name, text, config):
+    one = config
+    directory = Path(one.run.dir)
+    directory.mkdir(parents=True)
+    (directory / name).write_text(text)
+    with pytest.raises(ConfigError, match=name):
+        RunDirectory(one)
+    assert (directory / name).read_text() == text
+    assert {path.name for path in directory.iterdir()} <= {name, "lock"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.json"])
+def test_a_pipe_in_place_of_a_file_is_named(name, config):
+    one = config
+    Path(one.run.dir).mkdir(parents=True)
+    os.mkfifo(Path(one.run.dir) / name)
+    with pytest.raises(ConfigError, match=rf"{name}: expected a file of a run"):
+        RunDirectory(one)
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+def test_a_directory_that_goes_away_under_its_run_is_told_of(how, tmp_path):
+    directory = tmp_path / "run"
+    with RunLock(directory):
+        check_held(directory)
+        shutil.rmtree(directory) if how == "removed" else directory.rename(tmp_path / "elsewhere")
+        second = RunLock(directory) if how == "replaced" else None
+        with pytest.raises(SetupError, match="removed, renamed or replaced while it ran"):
+            check_held(directory)
+        if second is not None:
+            second.release()
