@@ -164,7 +164,13 @@ def _client(base_url: str, timeout: float, retries: int) -> AsyncOpenAI:
         raise SetupError(
             "reward 'judge' needs the package openai: pip install 'fusedrl[judge]'"
         ) from error
-    options: dict[str, Any] = {"timeout": timeout, "max_retries": retries}
+    # prompts and completions go to this endpoint, and not where it sends them on to
+    sender = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout)
+    options: dict[str, Any] = {
+        "timeout": timeout,
+        "max_retries": retries,
+        "http_client": sender,
+    }
     if base_url:
         options["base_url"] = base_url
     try:
@@ -189,6 +195,8 @@ async def _rated(
             most,
         )
         said = reply.choices[0].message.content or ""
+        if not isinstance(said, str):
+            raise TypeError(f"expected a text, got {type(said).__name__}")
     except (TimeoutError, openai.APITimeoutError):
         return Invalid(f"{where} did not answer within {timeout:g} s, {retries + 1} times")
     except (openai.RateLimitError, openai.InternalServerError) as error:
@@ -204,7 +212,14 @@ async def _rated(
             f"{' '.join(str(error.message).split())[:300]}; check model={model}, base_url, and the "
             "key in OPENAI_API_KEY"
         ) from error
-    except (AttributeError, IndexError, TypeError, ValueError, openai.OpenAIError) as error:
+    except (
+        AttributeError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        openai.OpenAIError,
+    ) as error:
         return Invalid(f"{where} sent no chat completion ({told(error)[:120]})")
     *_, rating = (None, *_RATING.finditer(said))
     value = None if rating is None else float(rating[1])

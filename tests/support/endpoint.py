@@ -68,6 +68,16 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, b'{"choices": []}')
         elif model == "null":
             self._send(200, b'{"choices": [{"message": {"role": "assistant", "content": null}}]}')
+        elif model == "object":
+            self._send(200, b'{"choices": [{"message": {"content": {"a": 1}}}]}')
+        elif model == "nested":
+            self._send(200, b"[" * 1_000_000)
+        elif model == "moved":  # to an address that would rate it
+            self.send_response(307)
+            self.send_header("Location", self.path.replace("/v1", "/v1/there"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            self.close_connection = True
         elif model == "eleven":
             self._say("Rating: [[11]]")
         elif model == "locked":

@@ -74,6 +74,8 @@ def test_a_request_that_fails_is_repeated(url):
         ("cut", "sent no chat completion"),
         ("empty", "sent no chat completion"),
         ("null", "no [[rating]] from 1 to 10 in the reply"),
+        ("object", "sent no chat completion"),
+        ("nested", "sent no chat completion"),
         ("eleven", "no [[rating]] from 1 to 10 in the reply"),
     ],
 )
@@ -91,7 +93,9 @@ def test_a_late_answer_makes_a_sample_invalid(url, model):
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("model, message", [("locked", "401"), ("other", "404 .*no such model")])
+@pytest.mark.parametrize(
+    "model, message", [("locked", "401"), ("moved", "307"), ("other", "404 .*no such model")]
+)
 def test_an_endpoint_that_refuses_stops_the_run(url, model, message):
     with pytest.raises(RewardError, match=message):
         asked(url, model, ["a"] * 50)
